@@ -1,0 +1,39 @@
+"""Floor 2's section of the settings."""
+
+from pydantic import Field
+
+from agent.settings import Section
+
+
+class Quota(Section):
+    """At most `per_day` sessions of a user use a model of this group, counted at a session's first use."""
+
+    models: str
+    """Glob over model names."""
+    per_day: int = Field(ge=0)
+
+
+class ActorsSettings(Section):
+    """Floor 2: capacity, placement, time limits."""
+
+    max_sessions: int = Field(default=200, ge=1)
+    max_sessions_per_user: int = Field(default=10, ge=1)
+    bulk_share: float = Field(default=0.5, ge=0, le=1)
+    """Of `max_sessions`, for the bulk lane."""
+    reservation_s: float = Field(default=60.0, gt=0)
+    """A slot that was taken and not confirmed is given back after this."""
+    warm_actors: int = Field(default=1, ge=0)
+    max_uses: int = Field(default=50, ge=1)
+    """Sessions that an actor process hosts, one after another, before it is replaced."""
+    call_timeout_s: float = Field(default=60.0, gt=0)
+    """Limit of one call between the edge, the manager and a session actor."""
+    page_wait_s: float = Field(default=10.0, gt=0, le=15)
+    """Limit of one wait of a reader; the stream's heartbeat."""
+    close_wait_s: float = Field(default=30.0, gt=0)
+    """Limit for a session to come to rest when it is closed, deleted or drained."""
+    ring_events: int = Field(default=2048, ge=16)
+    """Events that an activation keeps for readers that come back; older facts come from the journal."""
+    max_queued_turns: int = Field(default=32, ge=1)
+    """Commands waiting behind a running turn; one more is Conflict."""
+    quotas: dict[str, Quota] = {}
+    """By group name."""

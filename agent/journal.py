@@ -1,0 +1,202 @@
+"""The journal: the only place where a session exists.
+
+`append` is the one way a fact comes into being. It is one transaction: all facts or none, only while
+the caller's epoch is the session's current one, numbered without a gap. Whoever activates a session
+takes the next epoch with `fence`, and every writer before it is refused from then on.
+
+A session's row is a digest of its facts (`SessionRow.after`), kept in the same transaction so that a
+list needs no fold. It holds nothing that the facts do not say.
+
+Every implementation passes `tests/contracts/test_journal.py`.
+"""
+
+from collections.abc import Sequence
+from datetime import date, datetime
+from typing import NamedTuple, Protocol, Self
+
+from agent.events import (
+    TURN_OPENERS,
+    ApprovalDecided,
+    ApprovalRequested,
+    Ask,
+    AssistantMessage,
+    Fact,
+    Frozen,
+    ModelCalled,
+    ModelSwitched,
+    Record,
+    Rewound,
+    SessionClosed,
+    SessionOpened,
+    ToolFinished,
+    ToolStarted,
+    TurnEnded,
+    Usage,
+    UserMessage,
+)
+
+
+class SessionRow(Frozen):
+    """The digest of one session's facts."""
+
+    session_id: str
+    user_id: str
+    agent: str
+    title: str | None
+    model: str
+    created_at: datetime
+    updated_at: datetime
+    """Of the last record."""
+    epoch: int = 0
+    """0: never activated."""
+    head: int = 0
+    """The seq of the last record."""
+    closed: bool = False
+    n_open_turns: int = 0
+    """Opened and not ended: running or queued."""
+    n_messages: int = 0
+    """Visible user and assistant messages in the view."""
+    pending: tuple[Ask, ...] = ()
+    usage: Usage = Usage()
+    spend_usd: float = 0.0
+    n_unpriced: int = 0
+    """Model calls whose cost is not in `spend_usd`, since no price or no usage is known."""
+
+    def after(self, record: Record) -> Self:
+        """The row once `record` is part of the session."""
+        change: dict[str, object] = {"updated_at": record.at, "head": record.seq}
+        if isinstance(record.fact, TURN_OPENERS):
+            change["n_open_turns"] = self.n_open_turns + 1
+        match record.fact:
+            case UserMessage() | AssistantMessage():
+                change["n_messages"] = self.n_messages + 1
+            case ModelCalled(usage=usage, cost_usd=cost_usd):
+                change["usage"] = self.usage + usage if usage else self.usage
+                change["spend_usd"] = self.spend_usd + (cost_usd or 0.0)
+                change["n_unpriced"] = self.n_unpriced + (cost_usd is None)
+            case ApprovalRequested(asks=asks):
+                change["pending"] = asks
+            case ApprovalDecided(decisions=decisions):
+                change["pending"] = self._pending_without({d.tool_call_id for d in decisions})
+            case ToolStarted(tool_call_id=call) | ToolFinished(tool_call_id=call):
+                change["pending"] = self._pending_without({call})
+            case Rewound(n_messages=n_messages):
+                change |= {"n_messages": n_messages, "pending": ()}
+            case ModelSwitched(model=model):
+                change["model"] = model
+            case TurnEnded():
+                change["n_open_turns"] = self.n_open_turns - 1
+            case SessionClosed():
+                change |= {"closed": True, "pending": ()}
+            case _:
+                pass
+        return self.model_copy(update=change)
+
+    def _pending_without(self, calls: set[str]) -> tuple[Ask, ...]:
+        return tuple(ask for ask in self.pending if ask.tool_call_id not in calls)
+
+    @classmethod
+    def opened(cls, fact: SessionOpened, at: datetime) -> Self:
+        return cls(
+            session_id=fact.session_id,
+            user_id=fact.user_id,
+            agent=fact.agent,
+            title=fact.title,
+            model=fact.model,
+            created_at=at,
+            updated_at=at,
+        )
+
+
+class RowPage(NamedTuple):
+    rows: tuple[SessionRow, ...]
+    next: str | None
+    """Pass it as `after` for the next page; None: this was the last."""
+
+
+class Journal(Protocol):
+    """Safe to use from many tasks of one loop; implementations say what holds across processes."""
+
+    async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
+        """Begin a session with its first facts, under epoch 0. Durable when it returns.
+
+        Raises:
+            SessionExists: `opened.session_id` is taken; nothing was written.
+        """
+        ...
+
+    async def fence(self, session_id: str) -> int:
+        """Take the session: its epoch rises by one and is returned. Writers before are out.
+
+        Raises:
+            NoSuchSession
+        """
+        ...
+
+    async def append(self, session_id: str, epoch: int, facts: Sequence[Fact]) -> tuple[Record, ...]:
+        """Write facts, all or none. Durable when it returns. Cancelling leaves all or none.
+
+        Raises:
+            Fenced: `epoch` is not the current one; nothing was written.
+            MessageKnown: a command's `message_id` was recorded in this session before; nothing
+                was written. Carries `seq`, the earlier record's.
+            NoSuchSession
+            JournalFault: the store failed; whether the facts were written is not known.
+        """
+        ...
+
+    async def read(self, session_id: str, *, after: int = 0, limit: int = 1000) -> tuple[Record, ...]:
+        """Records with `seq > after` in order, at most `limit`. Empty past the head.
+
+        Raises:
+            NoSuchSession
+        """
+        ...
+
+    async def row(self, session_id: str) -> SessionRow:
+        """
+        Raises:
+            NoSuchSession
+        """
+        ...
+
+    async def rows(self, user_id: str, *, limit: int, after: str | None = None) -> RowPage:
+        """A user's sessions, newest created first, closed ones too.
+
+        Raises:
+            ValueError: `after` is not a `next` of this method.
+        """
+        ...
+
+    async def delete(self, session_id: str) -> None:
+        """Remove a session and all its records. Quota charges stay.
+
+        Raises:
+            NoSuchSession
+        """
+        ...
+
+    async def charge_quota(
+        self, user_id: str, group: str, session_id: str, *, day: date, limit: int
+    ) -> bool:
+        """Count a session against a user's daily quota for a group of models, check and take in one.
+
+        A session counts once per group for ever: charging it again is True and changes nothing.
+        False: `limit` other sessions were charged on that day; nothing was written.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+async def read_all(journal: Journal, session_id: str, *, after: int = 0) -> list[Record]:
+    """Every record after `after`, read in pages.
+
+    Raises:
+        NoSuchSession
+    """
+    records: list[Record] = []
+    while page := await journal.read(session_id, after=after):
+        records.extend(page)
+        after = page[-1].seq
+    return records

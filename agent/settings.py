@@ -1,0 +1,143 @@
+"""Settings: YAML files and the environment, checked once, frozen, handed down.
+
+`load` merges, later wins: `configs/default.yaml`, the files that are named, then variables such as
+`TROUPE__ACTORS__MAX_SESSIONS=50` (two underscores between the parts; the value is read as YAML).
+An unknown key is an error that names the key and the file. Each floor owns one section.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agent.faults import SettingsInvalid
+
+DEFAULTS = Path(__file__).parent.parent / "configs" / "default.yaml"
+ENV_PREFIX = "TROUPE__"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ModelSettings(Section):
+    """How models are reached. Provider keys come from the environment names that litellm reads."""
+
+    api_base: str | None = None
+    """For every litellm model; None: the provider's own."""
+    first_token_s: float = Field(default=120.0, gt=0)
+    between_tokens_s: float = Field(default=60.0, gt=0)
+    whole_call_s: float = Field(default=600.0, gt=0)
+    max_retries: int = Field(default=2, ge=0)
+    """Of a call that failed before its first token, for a reason that may pass."""
+    retry_base_s: float = Field(default=1.0, gt=0)
+    """Doubles at each retry, with jitter; a provider's Retry-After wins."""
+    windows: dict[str, int] = {}
+    """Tokens, by model name, for models that litellm does not know."""
+    default_window_tokens: int = Field(default=128_000, ge=1024)
+    prices: dict[str, "Price"] = {}
+    """By model name, for models that litellm cannot price."""
+
+
+class Price(Section):
+    input_usd_per_mtok: float = Field(ge=0)
+    output_usd_per_mtok: float = Field(ge=0)
+    cached_usd_per_mtok: float | None = None
+    """None: cached prompt tokens cost as much as others."""
+
+
+class ToolSettings(Section):
+    bash_timeout_s: float = Field(default=240.0, gt=0)
+    bash_max_timeout_s: float = Field(default=1200.0, gt=0)
+    max_output_bytes: int = Field(default=25_000, ge=1000)
+    read_max_lines: int = Field(default=2000, ge=1)
+
+
+class AgentSettings(Section):
+    """Floor 1."""
+
+    journal_url: str = "sqlite:///journal.sqlite3"
+    """`memory:` or `sqlite:///path`, relative to `storage_dir`."""
+    storage_dir: Path = Path("var")
+    """Workspaces, trajectories and the embedded journal."""
+    agents_dir: Path | None = None
+    """More agents beside the shipped ones: a directory of `*.yaml`, each an AgentSpec."""
+    default_agent: str = "default"
+    default_model: str | None = None
+    """None: the agent's own."""
+    model: ModelSettings = ModelSettings()
+    tools: ToolSettings = ToolSettings()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        SettingsInvalid: no such file, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text())
+    except OSError as cause:
+        raise SettingsInvalid(f"{path}: cannot be read ({cause.strerror})") from cause
+    except yaml.YAMLError as cause:
+        raise SettingsInvalid(f"{path}: not YAML: {cause}") from cause
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SettingsInvalid(f"{path}: the file holds no mapping")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mapping by mapping; anything else is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownArgumentType]
+        )
+    return result
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The `TROUPE__A__B` variables as nested mappings."""
+    tree: dict[str, Any] = {}
+    for name, text in environ.items():
+        if name.startswith(ENV_PREFIX):
+            *parents, leaf = name.removeprefix(ENV_PREFIX).lower().split("__")
+            branch: dict[str, Any] = {leaf: yaml.safe_load(text)}
+            for parent in reversed(parents):
+                branch = {parent: branch}
+            tree = merged(tree, branch)
+    return tree
+
+
+def load(
+    kind: type[S], files: Sequence[Path] = (), environ: Mapping[str, str] = os.environ
+) -> S:
+    """Read every source into one value of `kind`, whose fields are the sections.
+
+    Raises:
+        SettingsInvalid: names the file or the key, and what is wrong.
+    """
+    tree: dict[str, Any] = {}
+    for path in (DEFAULTS, *files):
+        tree = merged(tree, read_yaml(path))
+        _checked(kind, tree, str(path))
+    return _checked(kind, merged(tree, from_environment(environ)), "the environment")
+
+
+def _checked(kind: type[S], tree: dict[str, Any], source: str) -> S:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as cause:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
+            for error in cause.errors(include_url=False, include_input=False)
+        )
+        raise SettingsInvalid(f"{source}: {problems}") from cause
