@@ -249,7 +249,7 @@ class Sessions(Protocol):
 
     async def view(self, who: Principal, session_id: str) -> SessionView: ...
 
-    async def list(self, who: Principal, *, limit: int, after: str | None) -> SessionList:
+    async def owned(self, who: Principal, *, limit: int, after: str | None) -> SessionList:
         """The caller's own, newest first.
 
         Raises:

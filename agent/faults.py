@@ -22,7 +22,7 @@ Floor 2 adds its own (`actors.protocol`). Expected outcomes are values (`ToolRes
 Catch by class. `str(fault)` is safe to show to a user; causes are chained with `from` and logged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -122,7 +122,7 @@ class SettingsInvalid(Fault):
 
 
 @contextmanager
-def boundary(kind: type[Fault], detail: str) -> Iterator[None]:
+def boundary(kind: type[Fault], detail: str) -> Generator[None]:
     """Attribute any exception that escapes foreign code to `kind`; a Fault passes as it is.
 
     `asyncio.CancelledError` is not an `Exception`, so cancellation passes untouched.

@@ -133,7 +133,9 @@ class Journal(Protocol):
         """
         ...
 
-    async def append(self, session_id: str, epoch: int, facts: Sequence[Fact]) -> tuple[Record, ...]:
+    async def append(
+        self, session_id: str, epoch: int, facts: Sequence[Fact]
+    ) -> tuple[Record, ...]:
         """Write facts, all or none. Durable when it returns. Cancelling leaves all or none.
 
         Raises:
@@ -145,7 +147,9 @@ class Journal(Protocol):
         """
         ...
 
-    async def read(self, session_id: str, *, after: int = 0, limit: int = 1000) -> tuple[Record, ...]:
+    async def read(
+        self, session_id: str, *, after: int = 0, limit: int = 1000
+    ) -> tuple[Record, ...]:
         """Records with `seq > after` in order, at most `limit`. Empty past the head.
 
         Raises:

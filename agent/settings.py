@@ -117,9 +117,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return tree
 
 
-def load(
-    kind: type[S], files: Sequence[Path] = (), environ: Mapping[str, str] = os.environ
-) -> S:
+def load(kind: type[S], files: Sequence[Path] = (), environ: Mapping[str, str] = os.environ) -> S:
     """Read every source into one value of `kind`, whose fields are the sections.
 
     Raises:

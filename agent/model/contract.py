@@ -52,7 +52,9 @@ class ModelCard(NamedTuple):
 
 
 class Model(Protocol):
-    def stream(self, request: ModelRequest) -> AsyncIterator["TextChunk | ReasoningChunk | Completion"]:
+    def stream(
+        self, request: ModelRequest
+    ) -> AsyncIterator["TextChunk | ReasoningChunk | Completion"]:
         """Ask once; yield chunks as they come, then exactly one Completion.
 
         Closing the iterator early, or cancelling it, ends the provider's request at once. Tool call
