@@ -1,6 +1,6 @@
 """The contract between the loop and any language model."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal, NamedTuple, Protocol
 
 from agent.events import ToolCall, Usage
@@ -54,10 +54,10 @@ class ModelCard(NamedTuple):
 class Model(Protocol):
     def stream(
         self, request: ModelRequest
-    ) -> AsyncIterator["TextChunk | ReasoningChunk | Completion"]:
+    ) -> AsyncGenerator["TextChunk | ReasoningChunk | Completion"]:
         """Ask once; yield chunks as they come, then exactly one Completion.
 
-        Closing the iterator early, or cancelling it, ends the provider's request at once. Tool call
+        Closing the generator early, or cancelling it, ends the provider's request at once. Tool call
         ids are unique within the answer and never empty. Limits of time are the adapter's: to the
         first chunk, between chunks, and whole.
 
