@@ -1,0 +1,251 @@
+"""The feed: where readers wait behind a cursor.
+
+An activation shows facts and deltas here, in order; each gets a live number, rising by one from 1 per
+epoch. A bounded ring keeps the newest. A reader asks for the page after its cursor:
+
+- a cursor of this epoch that the ring still covers goes on exactly there;
+- any other (from the journal, from an earlier epoch, from too long ago) gets the facts it missed, and
+  at the head the live parts' text so far, from offset 0: deltas are addressed, so a repetition is harmless.
+
+Nothing here is lost when nobody reads, and a reader that reads nothing costs nothing: pages are built
+when they are asked for. No locks: state changes only between awaits, on the activation's loop.
+"""
+
+import asyncio
+import json
+from collections import deque
+from typing import NamedTuple
+
+from agent.events import (
+    AssistantMessage,
+    Cursor,
+    Delta,
+    Frame,
+    Page,
+    Record,
+    SessionClosed,
+    TextDelta,
+    ToolFinished,
+    ToolOutputDelta,
+    TurnEnded,
+    wire,
+)
+
+MAX_PAGE_FRAMES = 256
+MAX_PAGE_CHARS = 262_144
+"""A page crosses two process borders whole: large enough to be cheap, small enough to be smooth."""
+MAX_RING_CHARS = 4 * 1024 * 1024
+"""Of the ring's deltas: what an activation spends on readers that come back."""
+
+
+class Shown(NamedTuple):
+    live: int
+    seq: int
+    """Of the fact, or of the last fact before the delta."""
+    item: Record | Delta
+
+
+def frame_of(record: Record, cursor: Cursor) -> Frame:
+    return Frame(str(cursor), record.fact.type, record.fact.turn, json.dumps(wire(record)))
+
+
+def delta_frame(delta: Delta, cursor: Cursor) -> Frame:
+    event = "text_delta" if isinstance(delta, TextDelta) else "tool_output_delta"
+    return Frame(str(cursor), event, delta.turn, json.dumps(delta._asdict()))
+
+
+def _address(delta: Delta) -> str:
+    return delta.part_id if isinstance(delta, TextDelta) else delta.tool_call_id
+
+
+class Feed:
+    """What one incarnation shows. Constructed with its epoch and the head it starts from."""
+
+    def __init__(self, epoch: int, head: int, *, ring_events: int) -> None:
+        self.epoch = epoch
+        self.head = head
+        self.closed = False
+        self._base = head
+        """Every fact after this one is in the ring."""
+        self._live = 0
+        self._ring: deque[Shown] = deque()
+        self._ring_events = ring_events
+        self._ring_chars = 0
+        self._parts: dict[str, Delta] = {}
+        """The live parts, each as one delta from offset 0."""
+        self._changed = asyncio.Event()
+
+    # -- the activation's side ---------------------------------------------------------------
+
+    def show_records(self, records: tuple[Record, ...]) -> None:
+        for record in records:
+            self.head = record.seq
+            self._append(record)
+            match record.fact:
+                case AssistantMessage(part_id=part):
+                    self._parts.pop(part, None)
+                case ToolFinished(tool_call_id=part):
+                    self._parts.pop(part, None)
+                case TurnEnded(turn=turn):
+                    self._parts = {k: d for k, d in self._parts.items() if d.turn != turn}
+                case _:
+                    pass
+        self._wake()
+
+    def show_delta(self, delta: Delta) -> None:
+        known = self._parts.get(_address(delta))
+        self._parts[_address(delta)] = (
+            known._replace(text=known.text + delta.text) if known else delta
+        )
+        self._append(delta)
+        self._wake()
+
+    def _append(self, item: Record | Delta) -> None:
+        self._live += 1
+        self._ring.append(Shown(self._live, self.head, item))
+        self._ring_chars += 0 if isinstance(item, Record) else len(item.text)
+        while len(self._ring) > self._ring_events or self._ring_chars > MAX_RING_CHARS:
+            old = self._ring.popleft()
+            if isinstance(old.item, Record):
+                self._base = old.seq
+            else:
+                self._ring_chars -= len(old.item.text)
+
+    def close(self) -> None:
+        """Wake every reader for the last time: `closed` holds from here on."""
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # -- the readers' side -------------------------------------------------------------------
+
+    @property
+    def now(self) -> Cursor:
+        """The place after everything that was shown."""
+        return Cursor(self.head, self.epoch, self._live)
+
+    def covers(self, cursor: Cursor) -> bool:
+        """Whether every fact after `cursor` is in here; otherwise read the journal first."""
+        return cursor.seq >= self._base
+
+    def page(self, cursor: Cursor, *, turn: int | None = None) -> Page:
+        """What was shown after a cursor that the ring covers; empty at the end.
+
+        Consecutive deltas of one part come as one. With `turn`, only that turn's, and `end` with its
+        last. A cursor beyond the head (of another journal, or made up) reads from here on.
+        """
+        exact = self._is_exact(cursor)
+        builder = _PageBuilder(cursor, self.epoch, turn)
+        for shown in self._ring:
+            if builder.full():
+                return builder.done()
+            if exact and shown.live > cursor.live:
+                builder.add(shown)
+            elif not exact and isinstance(shown.item, Record) and shown.seq > cursor.seq:
+                builder.add(shown)
+            if builder.end:
+                return builder.done()
+        if not exact:
+            builder.snapshot(list(self._parts.values()), self.now)
+        return builder.done()
+
+    def _is_exact(self, cursor: Cursor) -> bool:
+        if cursor.epoch != self.epoch or cursor.live > self._live:
+            return False
+        oldest = self._ring[0].live if self._ring else self._live + 1
+        return cursor.live >= oldest - 1
+
+    async def changed(self, wait_s: float) -> None:
+        """Return when something was shown since the call began, or after `wait_s`."""
+        event = self._changed
+        try:
+            async with asyncio.timeout(wait_s):
+                await event.wait()
+        except TimeoutError:
+            return
+
+
+class _PageBuilder:
+    def __init__(self, cursor: Cursor, epoch: int, turn: int | None) -> None:
+        self._cursor = cursor
+        self._epoch = epoch
+        self._turn = turn
+        self._frames: list[Frame] = []
+        self._chars = 0
+        self._open: Delta | None = None
+        """Deltas of one part, joined, not yet a frame."""
+        self.end = False
+
+    def full(self) -> bool:
+        return len(self._frames) >= MAX_PAGE_FRAMES or self._chars >= MAX_PAGE_CHARS
+
+    def add(self, shown: Shown) -> None:
+        wanted = self._turn is None or self._turn == _turn_of(shown.item)
+        if isinstance(shown.item, Record):
+            self._flush()
+            self._cursor = Cursor(shown.seq, self._epoch, shown.live)
+            if wanted:
+                self._push(frame_of(shown.item, self._cursor))
+                self.end = ends(shown.item, self._turn)
+            return
+        if wanted:
+            self._join(shown.item)
+        self._cursor = Cursor(max(self._cursor.seq, shown.seq), self._epoch, shown.live)
+
+    def snapshot(self, parts: list[Delta], now: Cursor) -> None:
+        self._flush()
+        self._cursor = now
+        for part in parts:
+            if self._turn is None or self._turn == part.turn:
+                self._push(delta_frame(part, now))
+
+    def _join(self, delta: Delta) -> None:
+        joined = self._open
+        if joined is not None and _address(joined) == _address(delta):
+            self._open = joined._replace(text=joined.text + delta.text)
+            return
+        self._flush()
+        self._open = delta
+
+    def _flush(self) -> None:
+        if self._open is not None:
+            self._push(delta_frame(self._open, self._cursor))
+            self._open = None
+
+    def _push(self, frame: Frame) -> None:
+        self._frames.append(frame)
+        self._chars += len(frame.data)
+
+    def done(self) -> Page:
+        self._flush()
+        return Page(tuple(self._frames), self._cursor, self.end)
+
+
+def _turn_of(item: Record | Delta) -> int:
+    return item.fact.turn if isinstance(item, Record) else item.turn
+
+
+def ends(record: Record, turn: int | None) -> bool:
+    """Whether nothing can follow this fact for a reader of `turn` (None: of the session)."""
+    match record.fact:
+        case SessionClosed():
+            return True
+        case TurnEnded(turn=ended):
+            return ended == turn
+        case _:
+            return False
+
+
+def page_of(records: tuple[Record, ...], cursor: Cursor, turn: int | None) -> Page:
+    """A page of facts straight from the journal, after `cursor`."""
+    frames: list[Frame] = []
+    for record in records:
+        cursor = Cursor(record.seq)
+        if turn is None or record.fact.turn == turn:
+            frames.append(frame_of(record, cursor))
+        if ends(record, turn):
+            return Page(tuple(frames), cursor, end=True)
+    return Page(tuple(frames), cursor)

@@ -1,0 +1,586 @@
+"""The fold of a session's records: what is owed next, what the model is told, what a person sees.
+
+`Context` changes in one place, `fold`, one record at a time, in journal order; everything else is a
+question. It does no I/O and knows no clock. Behaviours of the agent are states in here; the loop
+(`agent.loop`) only does what `owed` says.
+
+The *view* is the list of entries that count: rewound turns leave it. An assistant entry carries the
+results of its tool calls, so every boundary between entries is a tool-call boundary. Commands that
+arrive while a turn runs wait in `queue` and enter the view when their turn begins.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from agent import gate
+from agent.events import (
+    TURN_OPENERS,
+    Activated,
+    ApprovalDecided,
+    ApprovalRequested,
+    Ask,
+    AssistantMessage,
+    Command,
+    Compacted,
+    CompactionFailed,
+    CompactionRequested,
+    Decision,
+    EndReason,
+    Fact,
+    InterruptRequested,
+    ModelCalled,
+    ModelSwitched,
+    Outcome,
+    Passivated,
+    PlanItem,
+    PlanUpdated,
+    Record,
+    Rewound,
+    SandboxClosed,
+    SandboxOpened,
+    Seeded,
+    SeedRequested,
+    SessionClosed,
+    SessionOpened,
+    ToolCall,
+    ToolFinished,
+    ToolStarted,
+    TurnEnded,
+    UserMessage,
+)
+from agent.spec import AgentSpec
+
+CHARS_PER_TOKEN = 4
+"""A rule of thumb for English and code; the provider's own count replaces it after each call."""
+
+# What can be owed. `Context.owed` returns one of these; `agent.loop.advance` has a case for each.
+
+
+class Rest(NamedTuple):
+    """Nothing, until the next command."""
+
+
+class CallModel(NamedTuple):
+    pass
+
+
+class Due(NamedTuple):
+    """A tool call that may run, with the arguments that run."""
+
+    tool_call_id: str
+    tool: str
+    arguments: str
+
+
+class RunTools(NamedTuple):
+    calls: tuple[Due, ...]
+
+
+class Settle(NamedTuple):
+    """Calls that end without running (again)."""
+
+    results: tuple[ToolFinished, ...]
+
+
+class RequestApproval(NamedTuple):
+    asks: tuple[Ask, ...]
+
+
+class Compact(NamedTuple):
+    upto: int
+    """The seq of the last entry to be summarised."""
+
+
+class Summarise(NamedTuple):
+    seed: SeedRequested
+
+
+class End(NamedTuple):
+    reason: EndReason
+    code: str | None = None
+    detail: str | None = None
+
+
+Owed = Rest | CallModel | RunTools | Settle | RequestApproval | Compact | Summarise | End
+
+# The view.
+
+
+@dataclass
+class Call:
+    """One tool call and how far it is."""
+
+    proposed: ToolCall
+    decision: Decision | None = None
+    asked: bool = False
+    started_epoch: int = 0
+    """0: not started."""
+    arguments: str = ""
+    result: ToolFinished | None = None
+
+    def __post_init__(self) -> None:
+        self.arguments = self.proposed.arguments
+
+    @property
+    def due(self) -> Due:
+        return Due(self.proposed.tool_call_id, self.proposed.tool, self.arguments)
+
+
+@dataclass(frozen=True)
+class UserEntry:
+    seq: int
+    turn: int
+    text: str
+    seed: bool = False
+    """Told by the session's restore, not typed by the user: undo and truncate do not count it."""
+
+
+@dataclass(frozen=True)
+class AssistantEntry:
+    seq: int
+    turn: int
+    message: AssistantMessage
+    calls: dict[str, Call] = field(default_factory=dict[str, Call])
+
+    @property
+    def unsettled(self) -> list[Call]:
+        return [call for call in self.calls.values() if call.result is None]
+
+
+Entry = UserEntry | AssistantEntry
+
+
+class Answer(NamedTuple):
+    """What a command was answered, for its repetition."""
+
+    kind: type[Command]
+    turn: int
+    seq: int
+
+
+class Opening(NamedTuple):
+    seq: int
+    fact: Command
+
+
+NOT_EXECUTED = "The call was not executed: the turn ended before it."
+SUPERSEDED = "The user did not decide on this call and wrote a new message instead. It did not run."
+INTERRUPTED = "Interrupted by the user."
+UNKNOWN = (
+    "The process that ran this call died before it could report. The call may have had its effect,"
+    " in part or in whole, or none. Check before you repeat it."
+)
+
+
+class Context:
+    """A session as its records tell it."""
+
+    def __init__(self, idempotent: Callable[[str], bool], window_tokens: int = 128_000) -> None:
+        self._idempotent = idempotent
+        self.window_tokens = window_tokens
+        self.opened: SessionOpened
+        self.model = ""
+        self.epoch = 0
+        self.head = 0
+        self.closed = False
+        self.rested_by: Fact | None = None
+        """The last record's fact where it says that an incarnation ended on purpose."""
+        self.view: list[Entry] = []
+        self.plan: tuple[PlanItem, ...] = ()
+        self.sandbox_open = False
+        self.answers: dict[str, Answer] = {}
+        self.n_turns = 0
+        self.turn: Opening | None = None
+        self.queue: deque[Opening] = deque()
+        self.n_steps = 0
+        """Model calls of the running turn that gave a message."""
+        self.n_calls = 0
+        """Model calls of the session: addresses of parts."""
+        self._interrupted: set[int] = set()
+        self._compactions: list[tuple[int, Compacted]] = []
+        self._compaction_done = False
+        self._compaction_failed: CompactionFailed | None = None
+        self._seeded = False
+        self._overflowed = False
+        self._tokens = 0
+
+    # -- the fold ----------------------------------------------------------------------------
+
+    def fold(self, records: Iterable[Record]) -> None:
+        for record in records:
+            fact = record.fact
+            self.head = record.seq
+            self.rested_by = fact if isinstance(fact, Passivated | SessionClosed) else None
+            if isinstance(fact, Command) and fact.message_id is not None:
+                self.answers[fact.message_id] = Answer(type(fact), fact.turn, record.seq)
+            if isinstance(fact, TURN_OPENERS):
+                self.n_turns = max(self.n_turns, fact.turn)
+                self.queue.append(Opening(record.seq, fact))
+            else:
+                self._fold_one(record)
+            if self.turn is None and self.queue:
+                self._begin(self.queue.popleft())
+
+    def _fold_one(self, record: Record) -> None:  # noqa: C901, PLR0912 - a flat table, a case per fact
+        match record.fact:
+            case SessionOpened() as fact:
+                self.opened = fact
+                self.model = fact.model
+                self._tokens = self._estimate()
+            case Activated(epoch=epoch):
+                self.epoch = epoch
+            case AssistantMessage() as fact:
+                calls = {call.tool_call_id: Call(call) for call in fact.tool_calls}
+                self.view.append(AssistantEntry(record.seq, fact.turn, fact, calls))
+                self.n_steps += 1
+            case ModelCalled() as fact:
+                self._fold_model_call(fact)
+            case ToolStarted() as fact:
+                call = self._call(fact.tool_call_id)
+                call.started_epoch, call.arguments = record.epoch, fact.arguments
+            case ToolFinished() as fact:
+                self._call(fact.tool_call_id).result = fact
+                self._tokens += len(fact.text) // CHARS_PER_TOKEN
+            case ApprovalRequested(asks=asks):
+                for ask in asks:
+                    self._call(ask.tool_call_id).asked = True
+            case InterruptRequested(turn=turn):
+                self._interrupted.add(turn)
+            case PlanUpdated(items=items):
+                self.plan = items
+            case ModelSwitched(model=model):
+                self.model = model
+            case Compacted() as fact:
+                self._compactions.append((fact.turn, fact))
+                self._compaction_done, self._overflowed = True, False
+                self._tokens = self._estimate()
+            case CompactionFailed() as fact:
+                self._compaction_done, self._compaction_failed = True, fact
+            case Seeded() as fact:
+                self.view.append(UserEntry(record.seq, fact.turn, fact.summary, seed=True))
+                self._seeded = True
+            case Rewound(to=to):
+                self.view = [entry for entry in self.view if entry.turn <= to]
+                self._compactions = [pair for pair in self._compactions if pair[0] <= to]
+                self._tokens = self._estimate()
+            case SandboxOpened():
+                self.sandbox_open = True
+            case SandboxClosed():
+                self.sandbox_open = False
+            case TurnEnded():
+                self.turn = None
+            case SessionClosed():
+                self.closed = True
+            case _:
+                pass
+
+    def _fold_model_call(self, fact: ModelCalled) -> None:
+        self.n_calls += 1
+        if fact.kind == "main":
+            self._overflowed = fact.fault == "context_overflow"
+            if fact.usage is not None:
+                self._tokens = fact.usage.prompt_tokens + fact.usage.completion_tokens
+
+    def _begin(self, opening: Opening) -> None:
+        self.turn = opening
+        self.n_steps = 0
+        self._compaction_done = self._seeded = self._overflowed = False
+        self._compaction_failed = None
+        match opening.fact:
+            case UserMessage(text=text, turn=turn):
+                self.view.append(UserEntry(opening.seq, turn, text))
+                self._tokens += len(text) // CHARS_PER_TOKEN
+            case ApprovalDecided(decisions=decisions):
+                for decision in decisions:
+                    call = self._call(decision.tool_call_id)
+                    call.decision = decision
+                    if decision.decision == "edit" and decision.arguments is not None:
+                        call.arguments = decision.arguments
+            case _:
+                pass
+
+    def _call(self, tool_call_id: str) -> Call:
+        for entry in reversed(self.view):
+            if isinstance(entry, AssistantEntry) and tool_call_id in entry.calls:
+                return entry.calls[tool_call_id]
+        raise KeyError(tool_call_id)
+
+    # -- what is owed ------------------------------------------------------------------------
+
+    def owed(self) -> Owed:
+        """What takes the session towards its next resting point. Pure; doing it adds facts."""
+        if self.turn is None or self.closed:
+            return Rest()
+        open_calls = self._open_calls()
+        if self.turn.fact.turn in self._interrupted:
+            running = [call for call in open_calls if not (call.asked and call.decision is None)]
+            return self._settled(running, "cancelled", INTERRUPTED) or End("interrupted")
+        match self.turn.fact:
+            case SeedRequested() as seed:
+                return End("done") if self._seeded else Summarise(seed)
+            case CompactionRequested():
+                return self._owed_by_compaction()
+            case UserMessage(turn=turn) if open_calls and self._asked_before(turn):
+                asked = [call for call in open_calls if call.asked]
+                return (
+                    self._settled(asked, "denied", SUPERSEDED)
+                    or self._settled(open_calls, "cancelled", NOT_EXECUTED)
+                    or Rest()
+                )
+            case _:
+                return self._owed_by_calls(open_calls) or self._owed_by_view()
+
+    def _last_assistant(self) -> AssistantEntry | None:
+        return next((e for e in reversed(self.view) if isinstance(e, AssistantEntry)), None)
+
+    def _open_calls(self) -> list[Call]:
+        last = self._last_assistant()
+        return last.unsettled if last else []
+
+    def _asked_before(self, turn: int) -> bool:
+        last = self._last_assistant()
+        return last is not None and last.turn < turn
+
+    def _owed_by_compaction(self) -> Owed:
+        if failed := self._compaction_failed:
+            return End("failed", failed.code, failed.detail)
+        upto = 0 if self._compaction_done else self.cut(keep_tokens=0)
+        return Compact(upto) if upto else End("done")
+
+    def _owed_by_calls(self, calls: list[Call]) -> Owed | None:
+        """Crash remnants and refusals are settled first, then what may run runs, then a person is
+        asked about the rest."""
+        lost = [c for c in calls if c.started_epoch and not self._idempotent(c.proposed.tool)]
+        verdicts = {
+            c.proposed.tool_call_id: gate.judge(self.spec.approval, c.proposed.tool, c.arguments)
+            for c in calls
+        }
+        due: list[Due] = []
+        asks: list[Ask] = []
+        refused: list[ToolFinished] = []
+        for call in calls:
+            verdict = verdicts[call.proposed.tool_call_id]
+            if call in lost:
+                refused.append(self._finished(call, "unknown", UNKNOWN))
+            elif call.decision is not None and call.decision.decision == "reject":
+                refused.append(self._finished(call, "denied", _rejection(call.decision)))
+            elif verdict.action == "deny":
+                refused.append(self._finished(call, "denied", _denial(verdict.reason)))
+            elif call.decision is not None or verdict.action == "allow":
+                due.append(call.due)
+            else:
+                asks.append(Ask(**call.due._asdict(), reason=verdict.reason))
+        if refused:
+            return Settle(tuple(refused))
+        if due:
+            return RunTools(tuple(due))
+        new = {c.proposed.tool_call_id for c in calls if not c.asked}
+        if any(ask.tool_call_id in new for ask in asks):
+            return RequestApproval(tuple(asks))
+        return End("approval") if asks else None
+
+    def _owed_by_view(self) -> Owed:
+        last = self.view[-1] if self.view else None
+        if isinstance(last, AssistantEntry) and not last.calls:
+            return End("done")
+        if self._overflowed and self._compaction_done:
+            return End(
+                "failed", "context_overflow", "The conversation does not fit the model's window."
+            )
+        if self.n_steps >= self.spec.limits.max_steps:
+            return End("limit", "max_steps", f"The turn made {self.n_steps} model calls.")
+        limit = self.spec.compaction.at_fraction * self.window_tokens
+        if (self._overflowed or self._tokens >= limit) and not self._compaction_done:
+            if upto := self.cut(
+                keep_tokens=int(self.spec.compaction.keep_fraction * self.window_tokens)
+            ):
+                return Compact(upto)
+            if self._overflowed:
+                return End(
+                    "failed", "context_overflow", "The message does not fit the model's window."
+                )
+        return CallModel()
+
+    def _settled(self, calls: list[Call], outcome: Outcome, text: str) -> Settle | None:
+        return Settle(tuple(self._finished(c, outcome, text) for c in calls)) if calls else None
+
+    def _finished(self, call: Call, outcome: Outcome, text: str) -> ToolFinished:
+        return ToolFinished(
+            turn=self.turn.fact.turn if self.turn else 0,
+            tool_call_id=call.proposed.tool_call_id,
+            tool=call.proposed.tool,
+            outcome=outcome,
+            text=text,
+        )
+
+    # -- questions ---------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> AgentSpec:
+        return self.opened.spec
+
+    @property
+    def open_turns(self) -> list[int]:
+        """Running and queued ones, in order."""
+        running = [self.turn] if self.turn else []
+        return [opening.fact.turn for opening in (*running, *self.queue)]
+
+    @property
+    def pending(self) -> dict[str, Call]:
+        """Calls that wait for a decision which nobody has sent yet."""
+        decided = {
+            decision.tool_call_id
+            for opening in self.queue
+            if isinstance(opening.fact, ApprovalDecided)
+            for decision in opening.fact.decisions
+        }
+        return {
+            call.proposed.tool_call_id: call
+            for call in self._open_calls()
+            if call.asked and call.decision is None and call.proposed.tool_call_id not in decided
+        }
+
+    @property
+    def user_entries(self) -> list[UserEntry]:
+        """The visible user messages, which `truncate` counts from 0."""
+        return [e for e in self.view if isinstance(e, UserEntry) and not e.seed]
+
+    def n_messages_upto(self, turn: int) -> int:
+        """Visible user and assistant messages of the view's turns up to `turn`."""
+        return sum(
+            1
+            for entry in self.view
+            if entry.turn <= turn and not (isinstance(entry, UserEntry) and entry.seed)
+        )
+
+    def knows_call(self, tool_call_id: str) -> bool:
+        return any(isinstance(e, AssistantEntry) and tool_call_id in e.calls for e in self.view)
+
+    def can_compact(self) -> bool:
+        return len(self._after_cut()) > 1
+
+    def cut(self, *, keep_tokens: int) -> int:
+        """The seq of the newest entry to summarise so that about `keep_tokens` stay; 0: nothing.
+
+        A last entry with unsettled calls always stays: its results are still to come.
+        """
+        entries = self._after_cut()
+        while entries and isinstance(last := entries[-1], AssistantEntry) and last.unsettled:
+            entries = entries[:-1]
+        kept = 0
+        while entries and (kept := kept + _tokens_of(entries[-1])) <= keep_tokens:
+            entries = entries[:-1]
+        return entries[-1].seq if entries else 0
+
+    def _after_cut(self) -> list[Entry]:
+        if not self._compactions:
+            return self.view
+        upto = self._compactions[-1][1].upto
+        index = next((i for i, e in enumerate(self.view) if e.seq == upto), -1)
+        return self.view[index + 1 :]
+
+    def before(self, upto: int) -> list[Entry]:
+        """The entries that a compaction up to `upto` summarises."""
+        entries = self._after_cut()
+        index = next(i for i, e in enumerate(entries) if e.seq == upto)
+        return entries[: index + 1]
+
+    @property
+    def summary(self) -> str | None:
+        """What stands for the entries that were compacted."""
+        return self._compactions[-1][1].summary if self._compactions else None
+
+    def _estimate(self) -> int:
+        chars = len(self.spec.system_prompt) + len(self.summary or "")
+        return chars // CHARS_PER_TOKEN + sum(_tokens_of(entry) for entry in self._after_cut())
+
+    # -- projections -------------------------------------------------------------------------
+
+    def prompt(self) -> list[dict[str, Any]]:
+        """What the model is told: system prompt, summary, and the view since, repaired."""
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.spec.system_prompt}]
+        after = self._after_cut()
+        if self.summary is not None:
+            cut = self.view[: len(self.view) - len(after)]
+            messages.append({"role": "user", "content": _handover(self.summary, cut)})
+        return messages + chat(after)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What a person sees: the whole view, compacted entries too, no system prompt."""
+        return chat(self.view)
+
+
+def chat(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Entries in OpenAI chat format. A call without a result gets a text that says so."""
+    messages: list[dict[str, Any]] = []
+    for entry in entries:
+        if isinstance(entry, UserEntry):
+            messages.append({"role": "user", "content": entry.text})
+            continue
+        message: dict[str, Any] = {"role": "assistant", "content": entry.message.text}
+        if entry.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call_id,
+                    "type": "function",
+                    "function": {"name": call.proposed.tool, "arguments": _object(call.proposed)},
+                }
+                for call_id, call in entry.calls.items()
+            ]
+        messages.append(message)
+        messages.extend(
+            {
+                "role": "tool",
+                "tool_call_id": call_id,
+                "name": call.proposed.tool,
+                "content": _told(call),
+            }
+            for call_id, call in entry.calls.items()
+        )
+    return messages
+
+
+def _told(call: Call) -> str:
+    text = call.result.text if call.result else NOT_EXECUTED
+    if call.arguments != call.proposed.arguments:
+        return f"The user edited the arguments of this call to: {call.arguments}\n{text}"
+    return text
+
+
+def _object(call: ToolCall) -> str:
+    """The arguments as providers accept them back: text that is no JSON object is refused by some."""
+    try:
+        return call.arguments if isinstance(json.loads(call.arguments), dict) else "{}"
+    except ValueError:
+        return "{}"
+
+
+def _tokens_of(entry: Entry) -> int:
+    if isinstance(entry, UserEntry):
+        return len(entry.text) // CHARS_PER_TOKEN
+    chars = len(entry.message.text) + sum(
+        len(call.arguments) + len(call.result.text if call.result else "")
+        for call in entry.calls.values()
+    )
+    return chars // CHARS_PER_TOKEN
+
+
+def _handover(summary: str, cut: list[Entry]) -> str:
+    """The summary as a message, with the newest cut user message word for word: it is the task."""
+    asked = next((e for e in reversed(cut) if isinstance(e, UserEntry) and not e.seed), None)
+    quoted = (
+        f"\n\nThe user's last message before this point, verbatim:\n{asked.text}" if asked else ""
+    )
+    return f"Summary of the conversation so far:\n{summary}{quoted}"
+
+
+def _rejection(decision: Decision) -> str:
+    said = f" They said: {decision.feedback}" if decision.feedback else ""
+    return f"The user rejected this call. It did not run.{said}"
+
+
+def _denial(reason: str) -> str:
+    return f"The policy does not allow this call. {reason}".strip()

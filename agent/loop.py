@@ -1,0 +1,258 @@
+"""`advance`: the only way a session moves.
+
+Commit, then act, then show. Each pass asks the context what is owed and does that one thing; doing it
+commits facts, and the next pass sees them. A crash between any two facts leaves a journal from which
+the same loop goes on.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from agent import summaries
+from agent.context import (
+    CallModel,
+    Compact,
+    Context,
+    Due,
+    End,
+    RequestApproval,
+    Rest,
+    RunTools,
+    Settle,
+    Summarise,
+)
+from agent.events import (
+    ApprovalRequested,
+    AssistantMessage,
+    Delta,
+    Fact,
+    ModelCalled,
+    TextDelta,
+    ToolCall,
+    ToolFinished,
+    ToolOutputDelta,
+    ToolStarted,
+    TurnEnded,
+)
+from agent.faults import ContextOverflow, ModelFault, boundary
+from agent.model.contract import Completion, Model, ModelRequest, TextChunk
+from agent.sandbox.contract import Sandbox
+from agent.tools.contract import Tools, ToolScope
+
+MAX_ANSWER_CHARS = 4_000_000
+"""Of one model answer: far above any provider's output limit, so only a broken server reaches it."""
+MAX_PREVIEW_CHARS = 262_144
+"""Of one tool call's live output. The result has the rest, cut by its own rule."""
+
+
+class Run(Protocol):
+    """What the loop needs of the incarnation that runs it (`actors.activation`)."""
+
+    context: Context
+    model: Model
+    tools: Tools
+    user_token: str | None
+
+    def now_s(self) -> float:
+        """A monotonic clock."""
+        ...
+
+    async def commit(self, *facts: Fact) -> None:
+        """Make facts durable, fold them into `context`, show them. In that order, never in part.
+
+        Raises:
+            Fenced, JournalFault: the incarnation is over.
+        """
+        ...
+
+    def show(self, delta: Delta) -> None: ...
+
+    async def sandbox(self) -> Sandbox:
+        """The session's sandbox, opened at the first use, with its fact."""
+        ...
+
+    async def interruptible(self, step: Coroutine[Any, Any, None]) -> None:
+        """Await a step that an interrupt may cancel. Returns when it ended either way."""
+        ...
+
+
+async def advance(run: Run) -> None:
+    """Take the session from any state to its next resting point.
+
+    Raises:
+        Fenced, JournalFault: from a commit; the caller ends the incarnation.
+    """
+    began_s = run.now_s()
+    while True:
+        owed = run.context.owed()
+        if isinstance(owed, CallModel) and _overtime(run, began_s):
+            owed = End("limit", "max_turn_s", "The turn took longer than it may.")
+        match owed:
+            case Rest():
+                return
+            case Settle(results):
+                await run.commit(*results)
+            case RunTools(calls):
+                await run.interruptible(run_tools(run, calls))
+            case CallModel():
+                await run.interruptible(call_model(run))
+            case Compact(upto):
+                await run.interruptible(summaries.compact(run, upto))
+            case Summarise(seed):
+                await run.interruptible(summaries.seed(run, seed))
+            case RequestApproval(asks):
+                request = ApprovalRequested(turn=_turn(run), asks=asks)
+                await run.commit(request, TurnEnded(turn=_turn(run), reason="approval"))
+            case End(reason, code, detail):
+                await run.commit(
+                    TurnEnded(turn=_turn(run), reason=reason, code=code, detail=detail)
+                )
+                began_s = run.now_s()
+
+
+def _turn(run: Run) -> int:
+    return run.context.turn.fact.turn if run.context.turn else 0
+
+
+def _overtime(run: Run, began_s: float) -> bool:
+    return run.now_s() - began_s > run.context.spec.limits.max_turn_s
+
+
+class Part:
+    """The preview of an answer while it comes."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.turn = _turn(run)
+        self.part_id = f"{self.turn}.{run.context.epoch}.{run.context.n_calls}"
+        self.text = ""
+        self.began_s = run.now_s()
+        self.first_token_ms: int | None = None
+
+    def add(self, text: str) -> None:
+        if self.first_token_ms is None:
+            self.first_token_ms = self.elapsed_ms()
+        self._run.show(TextDelta(self.turn, self.part_id, len(self.text), text))
+        self.text += text
+        if len(self.text) > MAX_ANSWER_CHARS:
+            raise ModelFault("The model's answer does not end.")
+
+    def elapsed_ms(self) -> int:
+        return round((self._run.now_s() - self.began_s) * 1000)
+
+    def called(self, completion: Completion | None = None, fault: str | None = None) -> ModelCalled:
+        return ModelCalled(
+            turn=self.turn,
+            model=self._run.context.model,
+            usage=completion.usage if completion else None,
+            cost_usd=completion.cost_usd if completion else None,
+            latency_ms=self.elapsed_ms(),
+            first_token_ms=self.first_token_ms,
+            n_retries=completion.n_retries if completion else 0,
+            fault=fault,
+        )
+
+    def message(
+        self, finish_reason: str, tool_calls: Sequence[ToolCall] = (), reasoning: str = ""
+    ) -> AssistantMessage:
+        return AssistantMessage(
+            turn=self.turn,
+            part_id=self.part_id,
+            text=self.text,
+            reasoning=reasoning,
+            tool_calls=tuple(tool_calls),
+            finish_reason=finish_reason,
+            model=self._run.context.model,
+        )
+
+
+async def call_model(run: Run) -> None:
+    """One model call: previews as it streams, then its facts together."""
+    part = Part(run)
+    try:
+        with boundary(ModelFault, "The model call failed."):
+            completion = await _completion(run, part)
+    except asyncio.CancelledError:
+        partial = [part.message("interrupted")] if part.text else []
+        await run.commit(part.called(fault="interrupted"), *partial)
+        raise
+    except ContextOverflow as fault:
+        await run.commit(part.called(fault=fault.code))  # the context knows what to do about it
+    except ModelFault as fault:
+        ended = TurnEnded(turn=part.turn, reason="failed", code=fault.code, detail=fault.detail)
+        await run.commit(part.called(fault=fault.code), ended)
+    else:
+        calls = _with_fresh_ids(run.context, completion.tool_calls, part.part_id)
+        message = part.message(completion.finish_reason, calls, completion.reasoning)
+        await run.commit(part.called(completion), message)
+
+
+async def _completion(run: Run, part: Part) -> Completion:
+    request = ModelRequest(
+        model=run.context.model,
+        messages=run.context.prompt(),
+        tools=run.tools.schemas(),
+        session_id=run.context.opened.session_id,
+        max_output_tokens=run.context.spec.max_output_tokens,
+        temperature=run.context.spec.temperature,
+    )
+    async with aclosing(run.model.stream(request)) as stream:
+        async for chunk in stream:
+            match chunk:
+                case TextChunk(text):
+                    part.add(text)
+                case Completion():
+                    return chunk
+                case _:
+                    pass
+    raise ModelFault("The model's answer had no end.")
+
+
+def _with_fresh_ids(
+    context: Context, calls: Sequence[ToolCall], part_id: str
+) -> tuple[ToolCall, ...]:
+    """Providers number calls per answer; facts name a call in the whole session."""
+    return tuple(
+        call.model_copy(update={"tool_call_id": f"{call.tool_call_id}-{part_id}"})
+        if context.knows_call(call.tool_call_id)
+        else call
+        for call in calls
+    )
+
+
+async def run_tools(run: Run, calls: Sequence[Due]) -> None:
+    """Run calls together; each settles by itself, as soon as it is there."""
+    turn = _turn(run)
+    await run.commit(*(ToolStarted(turn=turn, **call._asdict()) for call in calls))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for call in calls:
+                group.create_task(_run_tool(run, turn, call))
+    except BaseExceptionGroup as failed:
+        # A tool's own failure is a result; only a commit fails here, and one says it for all.
+        raise failed.exceptions[0] from None
+
+
+async def _run_tool(run: Run, turn: int, call: Due) -> None:
+    began_s = run.now_s()
+    shown = 0
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if piece := text[: MAX_PREVIEW_CHARS - shown]:
+            run.show(ToolOutputDelta(turn, call.tool_call_id, shown, piece))
+            shown += len(piece)
+
+    scope = ToolScope(run.context.opened.session_id, run.sandbox, show, run.user_token)
+    result = await run.tools.run(call.tool, call.arguments, scope)
+    finished = ToolFinished(
+        turn=turn,
+        tool_call_id=call.tool_call_id,
+        tool=call.tool,
+        outcome=result.outcome,
+        text=result.text,
+        duration_ms=round((run.now_s() - began_s) * 1000),
+    )
+    await run.commit(*(fact.model_copy(update={"turn": turn}) for fact in result.facts), finished)
