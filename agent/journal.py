@@ -10,8 +10,10 @@ list needs no fold. It holds nothing that the facts do not say.
 Every implementation passes `tests/contracts/test_journal.py`.
 """
 
+import base64
+import json
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import NamedTuple, Protocol, Self
 
 from agent.events import (
@@ -20,6 +22,7 @@ from agent.events import (
     ApprovalRequested,
     Ask,
     AssistantMessage,
+    Command,
     Fact,
     Frozen,
     ModelCalled,
@@ -115,13 +118,21 @@ class RowPage(NamedTuple):
 
 
 class Journal(Protocol):
-    """Safe to use from many tasks of one loop; implementations say what holds across processes."""
+    """Safe to use from many tasks of one loop; implementations say what holds across processes.
+
+    Any call may raise JournalFault (the store failed, or the journal is closed). A call that was
+    cancelled was carried out whole or not at all, and before whatever is asked next of the same
+    journal. Facts that one call writes share one instant, and `at` never falls within a session.
+    """
 
     async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
         """Begin a session with its first facts, under epoch 0. Durable when it returns.
 
         Raises:
-            SessionExists: `opened.session_id` is taken; nothing was written.
+            SessionExists: `opened.session_id` is taken, or was deleted: an id never comes back, or
+                a writer left over from its first life would find its epoch again. Nothing was
+                written.
+            ValueError: as for `append`.
         """
         ...
 
@@ -138,12 +149,15 @@ class Journal(Protocol):
     ) -> tuple[Record, ...]:
         """Write facts, all or none. Durable when it returns. Cancelling leaves all or none.
 
+        No facts: a check of the epoch. Epoch 0 is current until the first `fence`.
+
         Raises:
             Fenced: `epoch` is not the current one; nothing was written.
             MessageKnown: a command's `message_id` was recorded in this session before; nothing
                 was written. Carries `seq`, the earlier record's.
             NoSuchSession
             JournalFault: the store failed; whether the facts were written is not known.
+            ValueError: two of the facts share a `message_id`, or one holds what JSON cannot.
         """
         ...
 
@@ -167,8 +181,10 @@ class Journal(Protocol):
     async def rows(self, user_id: str, *, limit: int, after: str | None = None) -> RowPage:
         """A user's sessions, newest created first, closed ones too.
 
+        Sessions that are created while someone pages do not move the pages that follow.
+
         Raises:
-            ValueError: `after` is not a `next` of this method.
+            ValueError: `after` is not a `next` of this method, or `limit` is below 1.
         """
         ...
 
@@ -190,7 +206,9 @@ class Journal(Protocol):
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let the store go, after what was asked before. Idempotent."""
+        ...
 
 
 async def read_all(journal: Journal, session_id: str, *, after: int = 0) -> list[Record]:
@@ -204,3 +222,60 @@ async def read_all(journal: Journal, session_id: str, *, after: int = 0) -> list
         records.extend(page)
         after = page[-1].seq
     return records
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def encoded(facts: Sequence[Fact]) -> list[str]:
+    """One line of JSON for each fact, as `FACT.validate_json` reads it.
+
+    Raises:
+        ValueError: two of the facts share a `message_id`, or one holds what JSON cannot.
+    """
+    keys = message_ids(facts)
+    if len(set(keys)) < len(keys):
+        raise ValueError("two facts of one append share a message_id")
+    return [fact.model_dump_json() for fact in facts]
+
+
+def message_ids(facts: Sequence[Fact]) -> list[str]:
+    return [f.message_id for f in facts if isinstance(f, Command) and f.message_id is not None]
+
+
+class PageKey(NamedTuple):
+    """Where a page of `rows` ended: behind `next`."""
+
+    created_at: datetime
+    session_id: str
+
+    @classmethod
+    def of(cls, row: SessionRow) -> Self:
+        return cls(row.created_at, row.session_id)
+
+    def __str__(self) -> str:
+        text = json.dumps([self.created_at.isoformat(), self.session_id])
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """
+        Raises:
+            ValueError: the text is not `str()` of a key.
+        """
+        padded = text.encode("ascii") + b"=" * (-len(text) % 4)
+        match json.loads(base64.b64decode(padded, altchars=b"-_", validate=True)):
+            case [str(created_at), str(session_id)]:
+                key = cls(datetime.fromisoformat(created_at), session_id)
+            case _:
+                raise ValueError(text)
+        if key.created_at.tzinfo is None:
+            raise ValueError(text)
+        return key
+
+
+def page_of(rows: Sequence[SessionRow], limit: int) -> RowPage:
+    """The page, of rows that were asked for with one more than `limit`."""
+    shown = tuple(rows[:limit])
+    return RowPage(shown, str(PageKey.of(shown[-1])) if len(rows) > limit else None)
