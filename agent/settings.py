@@ -23,7 +23,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-S = TypeVar("S", bound=Section)
+M = TypeVar("M", bound=BaseModel)
 
 
 class ModelSettings(Section):
@@ -117,7 +117,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return tree
 
 
-def load(kind: type[S], files: Sequence[Path] = (), environ: Mapping[str, str] = os.environ) -> S:
+def load(kind: type[M], files: Sequence[Path] = (), environ: Mapping[str, str] = os.environ) -> M:
     """Read every source into one value of `kind`, whose fields are the sections.
 
     Raises:
@@ -126,11 +126,15 @@ def load(kind: type[S], files: Sequence[Path] = (), environ: Mapping[str, str] =
     tree: dict[str, Any] = {}
     for path in (DEFAULTS, *files):
         tree = merged(tree, read_yaml(path))
-        _checked(kind, tree, str(path))
-    return _checked(kind, merged(tree, from_environment(environ)), "the environment")
+        checked(kind, tree, str(path))
+    return checked(kind, merged(tree, from_environment(environ)), "the environment")
 
 
-def _checked(kind: type[S], tree: dict[str, Any], source: str) -> S:
+def checked(kind: type[M], tree: dict[str, Any], source: str) -> M:
+    """
+    Raises:
+        SettingsInvalid: names `source`, each key that is wrong, and what is wrong with it.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as cause:
