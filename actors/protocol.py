@@ -5,7 +5,7 @@ Two implementations, one contract suite (`tests/contracts/test_sessions.py`): `a
 A call that raises has changed nothing, unless its fault says that it is not known (`Unavailable`).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -235,12 +235,13 @@ class Sessions(Protocol):
         *,
         turn: int | None = None,
         follow: bool = True,
-    ) -> AsyncIterator[Page]:
+    ) -> AsyncGenerator[Page, None]:
         """What happened after `cursor`, and with `follow` what happens. Never wakes a session.
 
         Every fact once and in order. Yields an empty page at least every 15 s when nothing happens.
         Ends after a page with `end` (the turn ended, the session closed or was deleted), at the head
         without `follow`, or when the cluster goes away: the reader comes back with its last cursor.
+        Whoever leaves earlier calls `aclose()`, which ends what the reading costs.
 
         Raises:
             NotFound: at the first step.
