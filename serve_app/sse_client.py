@@ -1,10 +1,10 @@
 """The reading half of Troupe's SSE, for terminal clients and tests.
 
 A stream is read until the reader stops, the server says that nothing will ever follow, or patience
-ends. The server bounds each response in time and size on purpose, so an end without a last event
-is ordinary: the reader comes back with the last cursor it was given, and no event is missed. An
-event may come twice only when the reader was torn away in the middle of one; facts carry `seq` and
-deltas an offset, so it can be recognised.
+ends. The server bounds each response in time and size on purpose and marks such an end with the
+comment `reconnect`: the reader comes back with the last cursor it was given, and no event is missed.
+An event may come twice only when the reader was torn away in the middle of one; facts carry `seq`
+and deltas an offset, so it can be recognised.
 """
 
 import json
@@ -18,6 +18,9 @@ import httpx
 MAX_EVENT_CHARS = 8 * 1024 * 1024
 """Of one event's data. A message is at most 100,000 characters and tool output far less; above this
 the other side is no Troupe."""
+MAX_EMPTY_ENDS = 3
+"""Ends in good order, without the mark and with nothing heard, that mean that nothing will follow.
+More than one, since a proxy on its way out may end a response as well."""
 IDLE_LIMIT_S = 45.0
 """The server sends at least a heartbeat every 15 s; three missed ones are a dead connection."""
 
@@ -64,6 +67,8 @@ class Lines:
     """Server-sent events out of lines of text, by the WHATWG rules that Troupe uses."""
 
     def __init__(self) -> None:
+        self.may_go_on = False
+        """The last line was the server's mark of a stream that it cut on purpose."""
         self._cursor = ""
         self._type = ""
         self._data: list[str] = []
@@ -75,6 +80,7 @@ class Lines:
             return self._complete()
         name, _, value = line.partition(":")
         value = value.removeprefix(" ")
+        self.may_go_on = not name and value == "reconnect"
         match name:
             case "id":
                 self._cursor = value
@@ -130,15 +136,16 @@ class EventReader:
 
         Raises:
             Problem: the server refused (unknown session, bad key); reconnecting would not help.
-            Lost: nothing was heard from the server for `patience_s`.
+            Lost: the server did not answer for `patience_s`.
         """
         params: dict[str, str] = {"follow": "true" if follow else "false"}
         if turn is not None:
             params["turn"] = str(turn)
         retry = _Patience(self._patience_s, self._pause)
         while True:
+            lines = Lines()
             try:
-                with closing(self._one_response(params)) as response:
+                with closing(self._one_response(params, lines)) as response:
                     for event in response:
                         retry.heard()
                         yield event
@@ -146,9 +153,8 @@ class EventReader:
                         self.cursor = event.cursor or self.cursor
                         if _is_last(event, turn):
                             return
-                if not follow:
+                if not lines.may_go_on and (not follow or retry.ended()):
                     return
-                retry.ended()
             except httpx.TransportError as cause:
                 retry.failed(cause)
             except Problem as problem:
@@ -156,7 +162,7 @@ class EventReader:
                     raise
                 retry.failed(problem, problem.retry_after_s)
 
-    def _one_response(self, params: dict[str, str]) -> Generator[Event]:
+    def _one_response(self, params: dict[str, str], lines: Lines) -> Generator[Event]:
         headers = {"accept": "text/event-stream"}
         if self.cursor:
             headers["last-event-id"] = self.cursor
@@ -167,7 +173,6 @@ class EventReader:
             if response.status_code != 200:
                 response.read()
                 raise Problem.of(response)
-            lines = Lines()
             for line in response.iter_lines():
                 event = lines.feed(line)
                 if event is not None:
@@ -189,14 +194,18 @@ class _Patience:
         self._pause = pause
         self._waited_s = 0.0
         self._next_s = 0.1
+        self._n_empty = 0
 
     def heard(self) -> None:
-        self._waited_s, self._next_s = 0.0, 0.1
+        self._waited_s, self._next_s, self._n_empty = 0.0, 0.1, 0
 
-    def ended(self) -> None:
-        """A response ended in good order. The server was there: that alone loses no patience."""
-        self.heard()
+    def ended(self) -> bool:
+        """Count an end in good order. True: it was one too many."""
+        self._n_empty += 1
+        if self._n_empty >= MAX_EMPTY_ENDS:
+            return True
         self._pause(self._next_s)
+        return False
 
     def failed(self, cause: Exception, wait_s: float | None = None) -> None:
         if self._waited_s >= self._limit_s:

@@ -105,14 +105,29 @@ def test_a_torn_stream_is_reopened_from_the_last_cursor() -> None:
     assert seen[1].query["turn"] == ["1"]
 
 
-def test_a_response_that_ends_in_good_order_is_reopened_too() -> None:
-    with serving(Reply(sse("2.1.1", "activated")), Reply(": quiet\n\n"), Reply(ENDED)) as (
-        http,
-        seen,
-    ):
-        events = list(EventReader(http, "/e", patience_s=0, pause=Pauses()).events(turn=1))
+def test_a_response_that_the_server_cut_is_reopened_at_once() -> None:
+    cut = Reply(sse("2.1.1", "activated") + ": reconnect\n\n")
+    pauses = Pauses()
+    with serving(cut, Reply(": reconnect\n\n"), Reply(ENDED)) as (http, seen):
+        events = list(EventReader(http, "/e", patience_s=0, pause=pauses).events(turn=1))
     assert len(events) == 2
     assert [request.last_event_id for request in seen] == [None, "2.1.1", "2.1.1"]
+    assert pauses == []
+
+
+def test_a_stream_that_ends_again_and_again_with_nothing_is_over() -> None:
+    """The turn had ended before the cursor, or a proxy went away: asking twice more tells."""
+    pauses = Pauses()
+    with serving(*[Reply("retry: 1000\n\n")] * 9) as (http, seen):
+        assert list(EventReader(http, "/e", cursor="9.1.9", pause=pauses).events(turn=1)) == []
+    assert len(seen) == 3
+
+
+def test_a_stream_that_ended_early_once_goes_on() -> None:
+    quiet = Reply(": heartbeat\n\n")
+    with serving(Reply(sse("2.1.1", "activated")), quiet, Reply(ENDED)) as (http, _):
+        events = EventReader(http, "/e", pause=Pauses()).events(turn=1)
+        assert [event.cursor for event in events] == ["2.1.1", "4.1.9"]
 
 
 def test_another_turns_end_does_not_end_the_stream() -> None:
@@ -134,6 +149,12 @@ def test_without_follow_the_head_ends_the_stream() -> None:
     with serving(Reply(sse("2.1.1", "activated"))) as (http, seen):
         assert len(list(EventReader(http, "/e").events(follow=False))) == 1
     assert seen[0].query["follow"] == ["false"]
+
+
+def test_without_follow_a_cut_response_is_still_reopened() -> None:
+    cut = Reply(sse("2.1.1", "activated") + ": reconnect\n\n")
+    with serving(cut, Reply(sse("3.1.1", "passivated"))) as (http, _):
+        assert len(list(EventReader(http, "/e").events(follow=False))) == 2
 
 
 def test_a_reader_torn_away_inside_an_event_sees_it_again() -> None:
