@@ -81,10 +81,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         SettingsInvalid: no such file, not YAML, or not a mapping.
     """
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as cause:
         raise SettingsInvalid(f"{path}: cannot be read ({cause.strerror})") from cause
-    except yaml.YAMLError as cause:
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
         raise SettingsInvalid(f"{path}: not YAML: {cause}") from cause
     if value is None:
         return {}
@@ -105,12 +105,19 @@ def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The `TROUPE__A__B` variables as nested mappings."""
+    """The `TROUPE__A__B` variables as nested mappings.
+
+    Raises:
+        SettingsInvalid: names a variable whose value is not YAML.
+    """
     tree: dict[str, Any] = {}
     for name, text in environ.items():
         if name.startswith(ENV_PREFIX):
             *parents, leaf = name.removeprefix(ENV_PREFIX).lower().split("__")
-            branch: dict[str, Any] = {leaf: yaml.safe_load(text)}
+            try:
+                branch: dict[str, Any] = {leaf: yaml.safe_load(text)}
+            except yaml.YAMLError as cause:
+                raise SettingsInvalid(f"{name}: not YAML") from cause
             for parent in reversed(parents):
                 branch = {parent: branch}
             tree = merged(tree, branch)
