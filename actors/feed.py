@@ -26,7 +26,6 @@ from agent.events import (
     SessionClosed,
     TextDelta,
     ToolFinished,
-    ToolOutputDelta,
     TurnEnded,
     wire,
 )
@@ -82,9 +81,7 @@ class Feed:
             self.head = record.seq
             self._append(record)
             match record.fact:
-                case AssistantMessage(part_id=part):
-                    self._parts.pop(part, None)
-                case ToolFinished(tool_call_id=part):
+                case AssistantMessage(part_id=part) | ToolFinished(tool_call_id=part):
                     self._parts.pop(part, None)
                 case TurnEnded(turn=turn):
                     self._parts = {k: d for k, d in self._parts.items() if d.turn != turn}
@@ -138,14 +135,16 @@ class Feed:
         last. A cursor beyond the head (of another journal, or made up) reads from here on.
         """
         exact = self._is_exact(cursor)
-        builder = _PageBuilder(cursor, self.epoch, turn)
+        builder = _PageBuilder(cursor, turn)
         for shown in self._ring:
             if builder.full():
                 return builder.done()
-            if exact and shown.live > cursor.live:
-                builder.add(shown)
-            elif not exact and isinstance(shown.item, Record) and shown.seq > cursor.seq:
-                builder.add(shown)
+            if exact:
+                if shown.live > cursor.live:
+                    builder.add(shown.item, Cursor(shown.seq, self.epoch, shown.live))
+            elif isinstance(shown.item, Record) and shown.seq > cursor.seq:
+                # Not an exact place: whoever comes back with it needs the live parts from offset 0.
+                builder.add(shown.item, Cursor(shown.seq))
             if builder.end:
                 return builder.done()
         if not exact:
@@ -158,20 +157,20 @@ class Feed:
         oldest = self._ring[0].live if self._ring else self._live + 1
         return cursor.live >= oldest - 1
 
-    async def changed(self, wait_s: float) -> None:
-        """Return when something was shown since the call began, or after `wait_s`."""
+    async def changed(self, wait_s: float) -> bool:
+        """Whether something was shown, or the feed closed, within `wait_s` from now."""
         event = self._changed
         try:
             async with asyncio.timeout(wait_s):
                 await event.wait()
         except TimeoutError:
-            return
+            return False
+        return True
 
 
 class _PageBuilder:
-    def __init__(self, cursor: Cursor, epoch: int, turn: int | None) -> None:
+    def __init__(self, cursor: Cursor, turn: int | None) -> None:
         self._cursor = cursor
-        self._epoch = epoch
         self._turn = turn
         self._frames: list[Frame] = []
         self._chars = 0
@@ -182,33 +181,35 @@ class _PageBuilder:
     def full(self) -> bool:
         return len(self._frames) >= MAX_PAGE_FRAMES or self._chars >= MAX_PAGE_CHARS
 
-    def add(self, shown: Shown) -> None:
-        wanted = self._turn is None or self._turn == _turn_of(shown.item)
-        if isinstance(shown.item, Record):
+    def add(self, item: Record | Delta, cursor: Cursor) -> None:
+        wanted = self._turn is None or self._turn == _turn_of(item)
+        if isinstance(item, Record):
             self._flush()
-            self._cursor = Cursor(shown.seq, self._epoch, shown.live)
             if wanted:
-                self._push(frame_of(shown.item, self._cursor))
-                self.end = ends(shown.item, self._turn)
-            return
-        if wanted:
-            self._join(shown.item)
-        self._cursor = Cursor(max(self._cursor.seq, shown.seq), self._epoch, shown.live)
+                self._push(frame_of(item, cursor))
+                self.end = ends(item, self._turn)
+        elif wanted:
+            self._join(item)
+        self._cursor = cursor
 
     def snapshot(self, parts: list[Delta], now: Cursor) -> None:
-        self._flush()
+        """The live parts. Only the last frame moves the cursor: a reader that lost one before it
+        gets them all again."""
+        wanted = [part for part in parts if self._turn is None or self._turn == part.turn]
+        for part in wanted[:-1]:
+            self._push(delta_frame(part, self._cursor))
         self._cursor = now
-        for part in parts:
-            if self._turn is None or self._turn == part.turn:
-                self._push(delta_frame(part, now))
+        for part in wanted[-1:]:
+            self._push(delta_frame(part, now))
 
     def _join(self, delta: Delta) -> None:
         joined = self._open
         if joined is not None and _address(joined) == _address(delta):
             self._open = joined._replace(text=joined.text + delta.text)
-            return
-        self._flush()
-        self._open = delta
+        else:
+            self._flush()
+            self._open = delta
+        self._chars += len(delta.text)
 
     def _flush(self) -> None:
         if self._open is not None:

@@ -159,6 +159,8 @@ class Answer(NamedTuple):
     kind: type[Command]
     turn: int
     seq: int
+    n_messages: int | None = None
+    """Of a seed: the well-formed ones."""
 
 
 class Opening(NamedTuple):
@@ -215,7 +217,9 @@ class Context:
             self.head = record.seq
             self.rested_by = fact if isinstance(fact, Passivated | SessionClosed) else None
             if isinstance(fact, Command) and fact.message_id is not None:
-                self.answers[fact.message_id] = Answer(type(fact), fact.turn, record.seq)
+                n_messages = len(fact.messages) if isinstance(fact, SeedRequested) else None
+                answer = Answer(type(fact), fact.turn, record.seq, n_messages)
+                self.answers[fact.message_id] = answer
             if isinstance(fact, TURN_OPENERS):
                 self.n_turns = max(self.n_turns, fact.turn)
                 self.queue.append(Opening(record.seq, fact))
@@ -315,7 +319,7 @@ class Context:
         if self.turn is None or self.closed:
             return Rest()
         open_calls = self._open_calls()
-        if self.turn.fact.turn in self._interrupted:
+        if self.is_interrupted:
             running = [call for call in open_calls if not (call.asked and call.decision is None)]
             return self._settled(running, "cancelled", INTERRUPTED) or End("interrupted")
         match self.turn.fact:
@@ -427,6 +431,21 @@ class Context:
         """Running and queued ones, in order."""
         running = [self.turn] if self.turn else []
         return [opening.fact.turn for opening in (*running, *self.queue)]
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the running turn is to end."""
+        return self.turn is not None and self.turn.fact.turn in self._interrupted
+
+    def has_ended(self, turn: int) -> bool:
+        """Whether the turn was opened and is over: turns end in the order of their numbers."""
+        return turn <= self.n_turns and turn not in self.open_turns
+
+    def abandon(self, code: str, detail: str) -> list[Fact]:
+        """The facts that end the running turn when the loop itself failed."""
+        calls = [call for call in self._open_calls() if not call.asked]
+        ended = TurnEnded(turn=self.open_turns[0], reason="failed", code=code, detail=detail)
+        return [*(self._finished(call, "error", detail) for call in calls), ended]
 
     @property
     def pending(self) -> dict[str, Call]:

@@ -175,7 +175,9 @@ async def call_model(run: Run) -> None:
         with boundary(ModelFault, "The model call failed."):
             completion = await _completion(run, part)
     except asyncio.CancelledError:
-        partial = [part.message("interrupted")] if part.text else []
+        # What the user saw stays when the user stopped it; an incarnation that ends asks again.
+        keep = part.text and run.context.is_interrupted
+        partial = [part.message("interrupted")] if keep else []
         await run.commit(part.called(fault="interrupted"), *partial)
         raise
     except ContextOverflow as fault:

@@ -1,0 +1,442 @@
+"""One incarnation of a session: journal, context, turn task and feed on one loop.
+
+`SessionActor` hosts it on Ray, `LocalSessions` in one process; neither adds behaviour. State changes
+only in `_commit_in_order`, which is the one place where order is kept across an await: it validates,
+writes, folds and shows under one lock. Everything else happens between awaits.
+
+The turn task and every commit run detached from requests (`actors.detached`).
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from datetime import UTC, date, datetime, timedelta
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self
+
+import structlog
+from agent.trace import trajectory, write_trajectory
+
+from actors.commands import Repeated, answered, fact_of
+from actors.detached import Detached
+from actors.feed import Feed, page_of
+from actors.kit import Kit
+from actors.protocol import (
+    Accepted,
+    AnyCommand,
+    Close,
+    Conflict,
+    Interrupt,
+    Moved,
+    NotFound,
+    Principal,
+    QuotaExceeded,
+    Unavailable,
+)
+from agent.context import Context, Rest
+from agent.events import (
+    Activated,
+    Command,
+    Cursor,
+    Delta,
+    Fact,
+    InterruptRequested,
+    ModelSwitched,
+    Page,
+    Passivated,
+    Record,
+    SandboxClosed,
+    SandboxOpened,
+    SeedRequested,
+    SessionClosed,
+)
+from agent.faults import Fault, JournalFault, MessageKnown, ModelFault
+from agent.journal import read_all
+from agent.loop import advance
+from agent.model.contract import Model
+from agent.sandbox.contract import Sandbox
+from agent.tools.contract import Tools
+
+Change = Literal["busy", "rested", "lost"]
+"""What an activation tells its desk; `lost`: it cannot go on (fenced, or the journal failed)."""
+Report = Callable[[str, int, Change], None]
+
+log = structlog.get_logger()
+
+
+class Activation:
+    """Hosts one session while it lives here. Implements `agent.loop.Run`."""
+
+    def __init__(self, kit: Kit, session_id: str, report: Report) -> None:
+        self._kit = kit
+        self._report = report
+        self.session_id = session_id
+        self.model: Model = kit.model
+        self.tools: Tools
+        self.context: Context
+        self.feed: Feed
+        self.user_token: str | None = None
+        self._tasks = Detached()
+        self._commits = asyncio.Lock()
+        self._turn_task: asyncio.Task[None] | None = None
+        self._step: asyncio.Task[None] | None = None
+        self._sandbox: asyncio.Task[Sandbox] | None = None
+        self._leaving = False
+        self._deleted = False
+        self._measured_model: str | None = None
+        self._log = log.bind(session_id=session_id)
+
+    @classmethod
+    async def open(
+        cls, kit: Kit, session_id: str, report: Report, *, user_token: str | None = None
+    ) -> Self:
+        """Take the session and settle what the incarnation before left open.
+
+        Raises:
+            NoSuchSession, JournalFault
+            Conflict: the session is closed.
+        """
+        self = cls(kit, session_id, report)
+        self.user_token = user_token
+        epoch = await kit.journal.fence(session_id)
+        records = await read_all(kit.journal, session_id)
+        self.tools = kit.tools(records[0].fact.spec)
+        self.context = Context(self.tools.idempotent, kit.agent.model.default_window_tokens)
+        self.context.fold(records)
+        if self.context.closed:
+            raise Conflict("The session is closed.")
+        self.context.epoch = epoch
+        self.feed = Feed(epoch, self.context.head, ring_events=kit.actors.ring_events)
+        self._log = self._log.bind(epoch=epoch)
+        lost = [SandboxClosed(reason="lost")] if self.context.sandbox_open else []
+        await self.commit(*lost, Activated(epoch=epoch, reason=self._why(epoch)))
+        self._kick()
+        return self
+
+    def _why(self, epoch: int) -> Literal["opened", "woken", "recovered"]:
+        if epoch == 1:
+            return "opened"
+        return "woken" if self.context.rested_by else "recovered"
+
+    # -- commits -----------------------------------------------------------------------------
+
+    async def commit(self, *facts: Fact) -> None:
+        await self._commit(lambda: facts)
+
+    async def _commit(self, facts_of: Callable[[], Sequence[Fact]]) -> tuple[Record, ...]:
+        """Commit what `facts_of` says when its turn has come; it may raise to refuse."""
+        work = self._tasks.start(self._commit_in_order(facts_of), name="commit")
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The facts are on their way, all or none: who goes on after this must see which.
+            await asyncio.wait({work})
+            raise
+
+    async def _commit_in_order(self, facts_of: Callable[[], Sequence[Fact]]) -> tuple[Record, ...]:
+        async with self._commits:
+            facts = facts_of()
+            if not facts:
+                return ()
+            try:
+                records = await self._kit.journal.append(self.session_id, self.context.epoch, facts)
+            except MessageKnown:
+                raise
+            except JournalFault as fault:
+                self._lose(fault)
+                raise
+            self.context.fold(records)
+            self.feed.show_records(records)
+            return records
+
+    def _lose(self, fault: Fault) -> None:
+        """This incarnation is over, without a last fact: another one owns the session, or nobody can
+        say what the journal holds."""
+        if not self._leaving:
+            self._leaving = True
+            self._log.warning("activation_lost", code=fault.code)
+            self._report(self.session_id, self.context.epoch, "lost")
+
+    def show(self, delta: Delta) -> None:
+        self.feed.show_delta(delta)
+
+    def now_s(self) -> float:
+        return self._kit.now_s()
+
+    # -- commands ----------------------------------------------------------------------------
+
+    async def submit(self, who: Principal, command: AnyCommand) -> Accepted:
+        """Carry out a command. See `actors.protocol.Sessions.submit`.
+
+        Raises:
+            Moved: the session is leaving or has left; nothing was written.
+        """
+        self._check_owner(who)
+        if isinstance(command, Close):
+            return await self._tasks.carry_out(lambda: self._close(command), name="close")
+        try:
+            fact = self._fact_of(command)
+            await self._charge(fact)
+            records = await self._commit(lambda: [self._fact_of(command)])
+        except Repeated as repeated:
+            return repeated.answer
+        if isinstance(command, Interrupt):
+            self._interrupt_step()
+        self._kick()
+        [record] = records
+        return Accepted(record.fact.turn, str(Cursor(record.seq)), _n_messages(record.fact))
+
+    def _check_owner(self, who: Principal) -> None:
+        if self._deleted or who.user_id != self.context.opened.user_id:
+            raise NotFound("There is no such session.")
+
+    def _fact_of(self, command: AnyCommand) -> Command:
+        if self._leaving and not answered(self.context, command):
+            raise Moved("The session is leaving.")
+        return fact_of(self.context, command, max_queued=self._kit.actors.max_queued_turns)
+
+    async def _charge(self, fact: Command) -> None:
+        """Count the session against the quotas of the model that is about to work.
+
+        Raises:
+            QuotaExceeded
+        """
+        opens_turn = fact.turn > self.context.n_turns
+        if isinstance(fact, ModelSwitched):
+            model, is_due = fact.model, self.context.turn is not None
+        else:
+            model, is_due = self.context.model, opens_turn
+        if not is_due:
+            return
+        now = datetime.now(UTC)
+        for group, quota in self._kit.actors.quotas.items():
+            if fnmatchcase(model, quota.models) and not await self._kit.journal.charge_quota(
+                self.context.opened.user_id,
+                group,
+                self.session_id,
+                day=now.date(),
+                limit=quota.per_day,
+            ):
+                raise QuotaExceeded(
+                    f"{quota.per_day} sessions a day may use models of the group {group}.",
+                    group=group,
+                    limit=quota.per_day,
+                    retry_after_s=_to_tomorrow_s(now),
+                )
+
+    # -- the turn ----------------------------------------------------------------------------
+
+    def _kick(self) -> None:
+        """Start the turn task if something is owed and nobody is at it."""
+        if self._turn_task is None and not self._leaving and self.context.owed() != Rest():
+            self._turn_task = self._tasks.start(self._advance(), name="turn")
+
+    async def _advance(self) -> None:
+        self._report(self.session_id, self.context.epoch, "busy")
+        try:
+            await self._measure_window()
+            await advance(self)
+        except JournalFault as fault:
+            self._lose(fault)
+        except Exception:  # noqa: BLE001 - a defect of ours must end the turn, not leave it open
+            self._log.exception("turn_failed")
+            await self._abandon()
+        finally:
+            self._turn_task = None
+        if not self._leaving:
+            self._report(self.session_id, self.context.epoch, "rested")
+            self._kick()
+
+    async def _abandon(self) -> None:
+        """End the turn after a defect of ours: the session stays usable."""
+        try:
+            await self._commit(
+                lambda: self.context.abandon("internal", "Something failed inside Troupe.")
+            )
+        except JournalFault as fault:
+            self._lose(fault)
+
+    async def _measure_window(self) -> None:
+        if self._measured_model == self.context.model:
+            return
+        try:
+            card = await self.model.card(self.context.model)
+        except ModelFault as fault:
+            # The default stands; if the model is really out of reach, its call will say so.
+            self._log.warning("window_unknown", model=self.context.model, code=fault.code)
+            return
+        self.context.window_tokens = card.window_tokens
+        self._measured_model = self.context.model
+
+    async def interruptible(self, step: Coroutine[Any, Any, None]) -> None:
+        self._step = self._tasks.start(step, name="step")
+        try:
+            await self._step
+        except asyncio.CancelledError:
+            if not self._step.cancelled() or self._is_ending():
+                raise
+        finally:
+            self._step = None
+
+    def _is_ending(self) -> bool:
+        """Whether it is the turn task itself that was cancelled, not only its step."""
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
+    def _interrupt_step(self) -> None:
+        if self._step is not None:
+            self._step.cancel()
+
+    async def sandbox(self) -> Sandbox:
+        if self._sandbox is None or (self._sandbox.done() and self._sandbox.exception()):
+            self._sandbox = self._tasks.start(self._open_sandbox(), name="sandbox")
+        return await asyncio.shield(self._sandbox)
+
+    async def _open_sandbox(self) -> Sandbox:
+        began_s = self.now_s()
+        workspace = self._kit.workspace(self.session_id)
+        sandbox = await self._kit.open_sandbox(
+            self.context.spec.sandbox, workspace, session_id=self.session_id
+        )
+        latency_ms = round((self.now_s() - began_s) * 1000)
+        await self.commit(SandboxOpened(kind=sandbox.kind, latency_ms=latency_ms))
+        return sandbox
+
+    # -- the end of an incarnation -----------------------------------------------------------
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether commands are refused as Moved from here on."""
+        return self._leaving
+
+    def is_busy(self) -> bool:
+        return bool(self.context.open_turns) or self._commits.locked()
+
+    async def passivate(self, reason: Literal["idle", "capacity", "shutdown"]) -> bool:
+        """Leave, so that the session may live elsewhere later. False: it is busy, nothing changed.
+
+        A shutdown takes a busy one too, once it rested or `close_wait_s` is over: an open turn goes
+        on in the next incarnation.
+        """
+        if self._leaving or (reason != "shutdown" and self.is_busy()):
+            return False
+        if reason == "shutdown" and self._turn_task:
+            await asyncio.wait({self._turn_task}, timeout=self._kit.actors.close_wait_s)
+        if self._leaving:
+            return False
+        self._leaving = True
+        await self._stop_turn()
+        await self._tasks.carry_out(lambda: self._leave(Passivated(reason=reason)), name="leave")
+        if reason == "shutdown":
+            await self.write_trajectory()
+        return True
+
+    async def _leave(self, *last: Fact) -> None:
+        """Close the sandbox, commit the last facts, send the readers away."""
+        closed = await self._close_sandbox(last[-1].model_dump()["reason"])
+        try:
+            await self.commit(*closed, *last)
+        finally:
+            self.feed.close()
+
+    async def _close_sandbox(self, reason: str) -> list[Fact]:
+        if self._sandbox is None:
+            return []
+        await asyncio.wait({self._sandbox})
+        if self._sandbox.exception():
+            return []
+        await self._sandbox.result().close()
+        self._sandbox = None
+        return [SandboxClosed(reason=reason)] if self.context.sandbox_open else []
+
+    async def _stop_turn(self) -> None:
+        """End the turn task where it is: an open turn stays open in the journal."""
+        if self._turn_task is not None:
+            self._turn_task.cancel()
+            await asyncio.wait({self._turn_task})
+
+    async def _close(self, command: Close) -> Accepted:
+        """Interrupt every open turn, come to rest, write the last fact and the trajectory."""
+
+        def interrupts() -> list[Fact]:
+            self._fact_of(command)
+            return [InterruptRequested(turn=turn) for turn in self.context.open_turns]
+
+        try:
+            await self._commit(interrupts)
+        except Repeated as repeated:
+            return repeated.answer
+        self._interrupt_step()
+        if self._turn_task is not None:
+            _, late = await asyncio.wait({self._turn_task}, timeout=self._kit.actors.close_wait_s)
+            if late:
+                raise Unavailable("The session does not come to rest.", retry_after_s=5)
+        if self._leaving or self.context.open_turns:
+            raise Moved("The session is leaving.")
+        self._leaving = True
+        await self._leave(SessionClosed(message_id=command.message_id))
+        await self.write_trajectory()
+        return Accepted(0, str(Cursor(self.context.head)))
+
+    async def write_trajectory(self) -> None:
+        records = await read_all(self._kit.journal, self.session_id)
+        made = await asyncio.to_thread(trajectory, records, tools=self.tools.schemas())
+        await asyncio.to_thread(write_trajectory, self._kit.trajectory_path(self.session_id), made)
+
+    async def end(self, *, deleted: bool = False) -> None:
+        """End whatever still runs here, at once and without a last fact. Idempotent."""
+        self._leaving = True
+        self._deleted = deleted
+        await self._stop_turn()
+        await self._close_sandbox("ended")
+        self.feed.close()
+        await self._tasks.close()
+
+    # -- reads -------------------------------------------------------------------------------
+
+    async def pages(
+        self,
+        who: Principal,
+        cursor: Cursor,
+        *,
+        turn: int | None = None,
+        follow: bool = True,
+        stretch_s: float = 30.0,
+    ) -> AsyncGenerator[Page]:
+        """Pages after `cursor` for at most about `stretch_s`, or until the session leaves: the reader
+        comes back with its cursor. See `actors.protocol.Sessions.pages`."""
+        self._check_owner(who)
+        until_s = self.now_s() + stretch_s
+        while True:
+            page = await self._page(cursor, turn)
+            at_head = page.cursor == cursor and not page.frames
+            cursor = page.cursor
+            over = turn is not None and self.context.has_ended(turn)
+            if self._deleted or (at_head and over):
+                page = page._replace(end=True)
+            if page.frames or page.end:
+                yield page
+            if page.end:
+                return
+            if not at_head:
+                continue
+            if not follow or self.feed.closed or self.now_s() >= until_s:
+                yield page
+                return
+            if not await self.feed.changed(self._kit.actors.page_wait_s):
+                yield page
+
+    async def _page(self, cursor: Cursor, turn: int | None) -> Page:
+        if self.feed.covers(cursor):
+            return self.feed.page(cursor, turn=turn)
+        records = await self._kit.journal.read(self.session_id, after=cursor.seq, limit=256)
+        return page_of(records, cursor, turn)
+
+
+def _n_messages(fact: Fact) -> int | None:
+    return len(fact.messages) if isinstance(fact, SeedRequested) else None
+
+
+def _to_tomorrow_s(now: datetime) -> int:
+    tomorrow = datetime.combine(date(now.year, now.month, now.day) + timedelta(days=1), now.time())
+    midnight = tomorrow.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=UTC)
+    return max(1, round((midnight - now).total_seconds()))

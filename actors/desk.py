@@ -1,0 +1,433 @@
+"""The desk: admits, wakes, passivates and ends sessions. `SessionManager` is its Ray shell.
+
+Plain asyncio over the ledger, the journal and the hosts. It is off the event path: nobody asks it while
+a session runs, beyond the reports "busy" and "rested". Moves of one session happen one after another,
+in tasks of the desk's own, so that a caller that leaves breaks nothing off in the middle.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+import structlog
+
+from actors.activation import Change
+from actors.commands import seed_fact
+from actors.detached import Detached
+from actors.kit import Kit
+from actors.ledger import Lease, Ledger, Refusal
+from actors.protocol import (
+    Accepted,
+    AnyCommand,
+    AtCapacity,
+    CapacityView,
+    Conflict,
+    Count,
+    Invalid,
+    LaneCount,
+    NotFound,
+    Open,
+    Principal,
+    Unavailable,
+)
+from agent.events import SessionOpened
+from agent.faults import NoSuchSession
+from agent.journal import SessionRow
+from agent.spec import AgentSpec
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+MAX_GIVE_WAY_TRIES = 16
+"""Idle sessions asked to go before a newcomer is refused: each may have become busy meanwhile."""
+RETRY_AFTER_S = 5
+"""Told to whom is refused: about the length of a short turn."""
+MAX_TOKENS = 10_000
+"""User tokens that are remembered for passive sessions; the oldest are forgotten first."""
+
+
+class Route(NamedTuple):
+    """Where a session lives: a hint, true when it was given."""
+
+    host: str
+    epoch: int
+
+
+class Host(Protocol):
+    """One place for activations; `actors.host.SessionHost` or a proxy of one."""
+
+    name: str
+
+    async def adopt(self, session_id: str, user_token: str | None = None) -> int: ...
+    async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted: ...
+    async def passivate(
+        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
+    ) -> bool: ...
+    async def end(self, session_id: str, *, deleted: bool = False) -> None: ...
+    async def hosts(self, session_id: str) -> bool:
+        """Whether the session lives there and takes commands. False too when the host is dead."""
+        ...
+
+
+class Hosts(Protocol):
+    """Where empty hosts come from."""
+
+    @property
+    def n_warm(self) -> int: ...
+
+    async def acquire(self) -> Host:
+        """An empty host, warm if there is one.
+
+        Raises:
+            Unavailable
+        """
+        ...
+
+    async def give_back(self, host: Host, *, clean: bool) -> None:
+        """The host is empty again. Not clean: its process ends."""
+        ...
+
+
+class Desk:
+    def __init__(
+        self, kit: Kit, hosts: Hosts, agents: dict[str, AgentSpec], *, default_model: str | None
+    ) -> None:
+        self._kit = kit
+        self._hosts = hosts
+        self._agents = agents
+        self._default_model = default_model
+        self.ledger = Ledger(
+            max_sessions=kit.actors.max_sessions,
+            max_sessions_per_user=kit.actors.max_sessions_per_user,
+            reservation_s=kit.actors.reservation_s,
+            now_s=kit.now_s,
+        )
+        self._placed: dict[str, tuple[Host, Route]] = {}
+        self._moves: dict[str, asyncio.Task[Any]] = {}
+        """The last move of each session that is moving."""
+        self._arrivals: dict[str, asyncio.Event] = {}
+        self._tokens: dict[str, str] = {}
+        self._tasks = Detached()
+        self._draining = False
+
+    # -- moves, one after another per session --------------------------------------------------
+
+    async def _move(self, session_id: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `work` once the session's earlier moves are over, to its end."""
+        before = self._moves.get(session_id)
+
+        async def in_turn() -> T:
+            if before is not None:
+                await asyncio.wait({before})
+            return await work()
+
+        task = self._tasks.start(in_turn(), name="move")
+        self._moves[session_id] = task
+        task.add_done_callback(lambda done: self._moved(session_id, done))
+        return await asyncio.shield(task)
+
+    def _moved(self, session_id: str, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled():
+            task.exception()  # the waiting caller has it; one that left does not need it
+        if self._moves.get(session_id) is task:
+            del self._moves[session_id]
+
+    # -- admission -----------------------------------------------------------------------------
+
+    async def open(self, who: Principal, command: Open) -> SessionRow:
+        """See `actors.protocol.Sessions.open`."""
+        opened = self._opening(who, command)
+        session_id = opened.session_id
+        seeds = [seed_fact(command.seed_messages, 1)] if command.seed_messages else []
+
+        async def work() -> SessionRow:
+            if command.message_id is not None and (row := await self._row_or_none(session_id)):
+                return row
+            lease = await self._slot(session_id, who.user_id)
+            with self.ledger.returned_on_failure(lease):
+                await self._kit.journal.create(opened, *seeds)
+                self._remember(session_id, command.user_token)
+                await self._place(lease)
+            return await self._kit.journal.row(session_id)
+
+        return await self._move(session_id, work)
+
+    def _opening(self, who: Principal, command: Open) -> SessionOpened:
+        name = command.agent or self._kit.agent.default_agent
+        spec = self._agents.get(name)
+        if spec is None:
+            raise Invalid(f"There is no agent {name!r}; known are: {', '.join(self._agents)}.")
+        key = command.message_id
+        return SessionOpened(
+            session_id=_session_id(who, key),
+            user_id=who.user_id,
+            agent=name,
+            model=command.model or self._default_model or spec.model,
+            title=command.title,
+            metadata=command.metadata,
+            spec=spec,
+            message_id=key,
+        )
+
+    async def _row_or_none(self, session_id: str) -> SessionRow | None:
+        try:
+            return await self._kit.journal.row(session_id)
+        except NoSuchSession:
+            return None
+
+    async def _slot(self, session_id: str, user_id: str) -> Lease:
+        """Take a slot; an idle session gives way before the newcomer is refused.
+
+        Raises:
+            AtCapacity, Unavailable
+        """
+        if self._draining:
+            raise Unavailable("Troupe is shutting down.", retry_after_s=RETRY_AFTER_S)
+        taken = self.ledger.take(session_id, user_id)
+        for _ in range(MAX_GIVE_WAY_TRIES):
+            if isinstance(taken, Lease):
+                return taken
+            leaving = self.ledger.give_way(taken.scope, user_id)
+            if leaving is None:
+                break
+            if await self._move(leaving.session_id, lambda lease=leaving: self._send_away(lease)):
+                taken = self.ledger.replace(leaving, session_id, user_id)
+        if isinstance(taken, Lease):
+            return taken
+        raise _at_capacity(taken)
+
+    async def _send_away(
+        self, lease: Lease, reason: Literal["idle", "capacity", "shutdown"] = "capacity"
+    ) -> bool:
+        """Passivate; the lease stays with the caller. False: it would not go."""
+        placed = self._placed.get(lease.session_id)
+        if placed is None or not self.ledger.holds(lease):
+            return True
+        host, _ = placed
+        try:
+            went = await host.passivate(lease.session_id, reason)
+        except Exception:
+            log.exception("passivation_failed", session_id=lease.session_id)
+            await self._vacate(lease.session_id, clean=False)
+            return True
+        if went:
+            await self._vacate(lease.session_id, clean=True)
+        else:
+            self.ledger.stay(lease)
+        return went
+
+    async def _place(self, lease: Lease) -> Route:
+        """Activate the session of a reserved lease on a host.
+
+        Raises:
+            Unavailable, Conflict, JournalFault. The lease stays reserved.
+        """
+        session_id = lease.session_id
+        host = await self._hosts.acquire()
+        confirmed = False
+        try:
+            epoch = await host.adopt(session_id, self._tokens.get(session_id))
+            confirmed = self.ledger.confirm(lease)
+        finally:
+            if not confirmed:
+                await self._hosts.give_back(host, clean=False)
+        if not confirmed:
+            raise Unavailable("The session took too long to start.", retry_after_s=RETRY_AFTER_S)
+        route = Route(host.name, epoch)
+        self._placed[session_id] = (host, route)
+        self._announce(session_id)
+        return route
+
+    async def _vacate(self, session_id: str, *, clean: bool) -> None:
+        placed = self._placed.pop(session_id, None)
+        if placed is not None:
+            await self._hosts.give_back(placed[0], clean=clean)
+
+    def _remember(self, session_id: str, user_token: str | None) -> None:
+        if user_token is None:
+            return
+        while len(self._tokens) >= MAX_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
+        self._tokens[session_id] = user_token
+
+    # -- routes --------------------------------------------------------------------------------
+
+    async def wake(self, who: Principal, session_id: str, *, not_at: Route | None = None) -> Route:
+        """Where the caller's session lives, after waking it if need be.
+
+        `not_at` is a route that the caller found wrong: it is checked before it is given again.
+
+        Raises:
+            NotFound, Conflict (closed), AtCapacity, Unavailable
+        """
+        await self._owned(who, session_id)
+
+        async def work() -> Route:
+            placed = self._placed.get(session_id)
+            if placed and placed[1] == not_at and not await placed[0].hosts(session_id):
+                await self._leave(session_id, deleted=False)
+                placed = None
+            if placed:
+                return placed[1]
+            if (await self._owned(who, session_id)).closed:
+                raise Conflict("The session is closed.")
+            lease = await self._slot(session_id, who.user_id)
+            with self.ledger.returned_on_failure(lease):
+                return await self._place(lease)
+
+        return await self._move(session_id, work)
+
+    async def _owned(self, who: Principal, session_id: str) -> SessionRow:
+        row = await self._row_or_none(session_id)
+        if row is None or row.user_id != who.user_id:
+            raise NotFound("There is no such session.")
+        return row
+
+    async def find(self, session_id: str) -> Route | None:
+        """Where the session lives now; None: nowhere. Wakes nobody."""
+        placed = self._placed.get(session_id)
+        return placed[1] if placed else None
+
+    async def when_live(self, session_id: str, wait_s: float) -> Route | None:
+        """Wait until the session lives somewhere, or is deleted, or `wait_s` is over."""
+        if route := await self.find(session_id):
+            return route
+        arrival = self._arrivals.setdefault(session_id, asyncio.Event())
+        try:
+            async with asyncio.timeout(wait_s):
+                await arrival.wait()
+        except TimeoutError:
+            pass
+        return await self.find(session_id)
+
+    def _announce(self, session_id: str) -> None:
+        if arrival := self._arrivals.pop(session_id, None):
+            arrival.set()
+
+    # -- ends ----------------------------------------------------------------------------------
+
+    async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        """Carry out a Close and free the slot."""
+        await self.wake(who, session_id)
+
+        async def work() -> Accepted:
+            placed = self._placed.get(session_id)
+            if placed is None:
+                raise Unavailable("The session left meanwhile.", retry_after_s=1)
+            accepted = await placed[0].submit(who, session_id, command)
+            await self._leave(session_id, deleted=False)
+            return accepted
+
+        return await self._move(session_id, work)
+
+    async def delete(self, who: Principal, session_id: str) -> None:
+        await self._owned(who, session_id)
+
+        async def work() -> None:
+            await self._leave(session_id, deleted=True)
+            try:
+                await self._kit.journal.delete(session_id)
+            except NoSuchSession:
+                raise NotFound("There is no such session.") from None
+            await asyncio.to_thread(self._kit.remove_files, session_id)
+            self._tokens.pop(session_id, None)
+            self._announce(session_id)
+
+        await self._move(session_id, work)
+
+    async def _leave(self, session_id: str, *, deleted: bool) -> None:
+        """End whatever lives of a session, and give its slot back."""
+        if placed := self._placed.get(session_id):
+            try:
+                await placed[0].end(session_id, deleted=deleted)
+                await self._vacate(session_id, clean=True)
+            except Exception:
+                log.exception("end_failed", session_id=session_id)
+                await self._vacate(session_id, clean=False)
+        if lease := self.ledger.get(session_id):
+            self.ledger.release(lease)
+
+    async def drain(self) -> None:
+        """Bring every session to rest and send it away; admit nobody any more."""
+        self._draining = True
+
+        async def one(lease: Lease) -> None:
+            await self._move(lease.session_id, lambda: self._send_away(lease, "shutdown"))
+            self.ledger.release(lease)
+
+        async with asyncio.TaskGroup() as group:
+            for lease in self.ledger.leases:
+                group.create_task(one(lease))
+
+    async def close(self) -> None:
+        """End the desk's own tasks."""
+        await self._tasks.close()
+
+    # -- reports -------------------------------------------------------------------------------
+
+    def note(self, session_id: str, epoch: int, change: Change) -> None:
+        """What an activation says of itself; a stale one (of an earlier epoch) is passed over."""
+        placed, lease = self._placed.get(session_id), self.ledger.get(session_id)
+        if lease is None or (placed is not None and placed[1].epoch != epoch):
+            return
+        match change:
+            case "busy":
+                self.ledger.busy(lease)
+            case "rested":
+                self.ledger.rested(lease)
+            case "lost":
+                self._tasks.start(self._lost(session_id, lease), name="lost")
+
+    async def _lost(self, session_id: str, lease: Lease) -> None:
+        async def work() -> None:
+            if self.ledger.holds(lease):
+                await self._leave(session_id, deleted=False)
+
+        await self._move(session_id, work)
+
+    def host_died(self, name: str) -> list[str]:
+        """Release everything that lived on a host; the sessions' ids."""
+        dead = [sid for sid, (host, _) in self._placed.items() if host.name == name]
+        for session_id in dead:
+            del self._placed[session_id]
+            if lease := self.ledger.get(session_id):
+                self.ledger.release(lease)
+        log.warning("host_died", host=name, n_sessions=len(dead))
+        return dead
+
+    # -- questions -----------------------------------------------------------------------------
+
+    async def live_among(self, session_ids: Iterable[str]) -> frozenset[str]:
+        return frozenset(sid for sid in session_ids if sid in self._placed)
+
+    async def capacity(self, who: Principal) -> CapacityView:
+        ledger = self.ledger
+        return CapacityView(
+            live=ledger.n_live,
+            limit=ledger.max_sessions,
+            warm=self._hosts.n_warm,
+            user=Count(live=ledger.n_live_of(who.user_id), limit=ledger.max_sessions_per_user),
+            lanes={
+                "interactive": LaneCount(live=ledger.n_live_in("interactive")),
+                "bulk": LaneCount(live=ledger.n_live_in("bulk")),
+            },
+        )
+
+
+def _session_id(who: Principal, key: str | None) -> str:
+    """With a key, the same caller's same key is the same session: that is all idempotency needs."""
+    if key is None:
+        return uuid.uuid4().hex
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"troupe:open:{who.user_id}\n{key}").hex
+
+
+def _at_capacity(refusal: Refusal) -> AtCapacity:
+    whose = "You have" if refusal.scope == "per_user" else "There are"
+    return AtCapacity(
+        f"{whose} {refusal.live} live sessions of {refusal.limit}, and none of them is idle.",
+        scope=refusal.scope,
+        live=refusal.live,
+        limit=refusal.limit,
+        retry_after_s=RETRY_AFTER_S,
+    )

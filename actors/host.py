@@ -1,0 +1,72 @@
+"""A place where activations live. `SessionActor` is one in a process of its own, `LocalSessions` uses
+one directly; neither adds behaviour."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Literal
+
+from actors.activation import Activation, Report
+from actors.kit import Kit
+from actors.protocol import Accepted, AnyCommand, Moved, Principal
+from agent.events import Cursor, Page
+
+
+class SessionHost:
+    def __init__(self, kit: Kit, name: str, report: Report) -> None:
+        self.name = name
+        self._kit = kit
+        self._report = report
+        self._activations: dict[str, Activation] = {}
+
+    async def adopt(self, session_id: str, user_token: str | None = None) -> int:
+        """Activate a session here; its epoch. See `Activation.open` for the faults."""
+        activation = await Activation.open(
+            self._kit, session_id, self._report, user_token=user_token
+        )
+        self._activations[session_id] = activation
+        return activation.context.epoch
+
+    async def hosts(self, session_id: str) -> bool:
+        activation = self._activations.get(session_id)
+        return activation is not None and not activation.is_leaving
+
+    def _at(self, session_id: str) -> Activation:
+        try:
+            return self._activations[session_id]
+        except KeyError:
+            raise Moved("The session is not here.") from None
+
+    async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        return await self._at(session_id).submit(who, command)
+
+    async def pages(
+        self,
+        who: Principal,
+        session_id: str,
+        cursor: Cursor,
+        *,
+        turn: int | None = None,
+        follow: bool = True,
+    ) -> AsyncGenerator[Page]:
+        source = self._at(session_id).pages(who, cursor, turn=turn, follow=follow)
+        async with aclosing(source) as pages:
+            async for page in pages:
+                yield page
+
+    async def passivate(
+        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
+    ) -> bool:
+        """See `Activation.passivate`. True also when the session is not here (any more)."""
+        activation = self._activations.get(session_id)
+        if activation is None:
+            return True
+        if not await activation.passivate(reason):
+            return False
+        await self.end(session_id)
+        return True
+
+    async def end(self, session_id: str, *, deleted: bool = False) -> None:
+        """Drop an activation whole. Idempotent."""
+        activation = self._activations.pop(session_id, None)
+        if activation is not None:
+            await activation.end(deleted=deleted)

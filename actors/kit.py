@@ -1,0 +1,47 @@
+"""What the activations of one process share, handed down by whoever assembles the process."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agent.tools.router import ToolRouter, standard_tools
+
+from actors.settings import ActorsSettings
+from agent.journal import Journal
+from agent.model.contract import Model
+from agent.sandbox.contract import Sandbox
+from agent.sandbox.local import open_sandbox
+from agent.settings import AgentSettings
+from agent.spec import AgentSpec, SandboxSpec
+from agent.tools.contract import Tools
+
+
+class OpenSandbox(Protocol):
+    async def __call__(self, spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox: ...
+
+
+@dataclass(frozen=True)
+class Kit:
+    journal: Journal
+    model: Model
+    agent: AgentSettings
+    actors: ActorsSettings
+    open_sandbox: OpenSandbox = open_sandbox
+    now_s: Callable[[], float] = time.monotonic
+
+    def tools(self, spec: AgentSpec) -> Tools:
+        return ToolRouter(standard_tools(self.agent.tools), spec.tools)
+
+    def workspace(self, session_id: str) -> Path:
+        return self.agent.storage_dir / "workspaces" / session_id
+
+    def trajectory_path(self, session_id: str) -> Path:
+        return self.agent.storage_dir / "trajectories" / f"{session_id}.json"
+
+    def remove_files(self, session_id: str) -> None:
+        """Delete a session's workspace and trajectory. Blocking. Absent files are fine."""
+        shutil.rmtree(self.workspace(session_id), ignore_errors=True)
+        self.trajectory_path(session_id).unlink(missing_ok=True)

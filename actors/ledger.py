@@ -1,0 +1,171 @@
+"""Who holds which slot since when. Pure and synchronous: the one door of capacity.
+
+`take` checks and takes together; a lease is released exactly once. Whoever must wait for something
+holds a lease meanwhile, so a slot is never promised twice. No exempt user, no second way in: new,
+woken, seeded and bulk sessions all pass here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Lane = Literal["interactive", "bulk"]
+Scope = Literal["global", "per_user"]
+
+
+@dataclass(eq=False)
+class Lease:
+    """A slot that is taken. Compared by identity: a session's next lease is another one."""
+
+    session_id: str
+    user_id: str
+    lane: Lane
+    taken_at_s: float
+    state: Literal["reserved", "live", "passivating"] = "reserved"
+    idle_since_s: float | None = None
+    """None: a turn runs."""
+
+
+class Refusal(NamedTuple):
+    scope: Scope
+    live: int
+    limit: int
+
+
+class Ledger:
+    """
+    Args:
+        reservation_s: a lease that was taken and not confirmed is void after this.
+        now_s: a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_sessions: int,
+        max_sessions_per_user: int,
+        reservation_s: float,
+        now_s: Callable[[], float],
+    ) -> None:
+        self.max_sessions = max_sessions
+        self.max_sessions_per_user = max_sessions_per_user
+        self._reservation_s = reservation_s
+        self._now_s = now_s
+        self._leases: dict[str, Lease] = {}
+        self._per_user: Counter[str] = Counter()
+
+    # -- the door ----------------------------------------------------------------------------
+
+    def take(self, session_id: str, user_id: str, lane: Lane = "interactive") -> Lease | Refusal:
+        """Take a slot for a session, or say which limit is in the way.
+
+        Raises:
+            ValueError: the session holds one.
+        """
+        self._expire()
+        if session_id in self._leases:
+            raise ValueError(session_id)
+        if self._per_user[user_id] >= self.max_sessions_per_user:
+            return Refusal("per_user", self._per_user[user_id], self.max_sessions_per_user)
+        if len(self._leases) >= self.max_sessions:
+            return Refusal("global", len(self._leases), self.max_sessions)
+        lease = Lease(session_id, user_id, lane, self._now_s())
+        self._leases[session_id] = lease
+        self._per_user[user_id] += 1
+        return lease
+
+    def replace(self, leaving: Lease, session_id: str, user_id: str) -> Lease | Refusal:
+        """Release one lease and take another in the same step: nobody comes in between."""
+        self.release(leaving)
+        return self.take(session_id, user_id)
+
+    def confirm(self, lease: Lease) -> bool:
+        """The session lives. False: the reservation expired, the slot may be another's."""
+        if not self.holds(lease):
+            return False
+        lease.state = "live"
+        lease.idle_since_s = self._now_s()
+        return True
+
+    def release(self, lease: Lease) -> bool:
+        """Give the slot back. False: it was given back before; nothing changed."""
+        if not self.holds(lease):
+            return False
+        del self._leases[lease.session_id]
+        self._per_user[lease.user_id] -= 1
+        if not self._per_user[lease.user_id]:
+            del self._per_user[lease.user_id]
+        return True
+
+    @contextmanager
+    def returned_on_failure(self, lease: Lease) -> Generator[None]:
+        """Give the slot back unless the block comes to its end."""
+        reached_end = False
+        try:
+            yield
+            reached_end = True
+        finally:
+            if not reached_end:
+                self.release(lease)
+
+    def _expire(self) -> None:
+        before_s = self._now_s() - self._reservation_s
+        for lease in list(self._leases.values()):
+            if lease.state == "reserved" and lease.taken_at_s < before_s:
+                self.release(lease)
+
+    # -- who gives way -----------------------------------------------------------------------
+
+    def busy(self, lease: Lease) -> None:
+        lease.idle_since_s = None
+
+    def rested(self, lease: Lease) -> None:
+        lease.idle_since_s = self._now_s()
+
+    def give_way(self, scope: Scope, user_id: str) -> Lease | None:
+        """Choose the longest idle lease whose end would help, and mark it as passivating.
+
+        The caller passivates the session and then `replace`s the lease, or calls `stay`.
+        """
+        idle = [
+            lease
+            for lease in self._leases.values()
+            if lease.state == "live"
+            and lease.idle_since_s is not None
+            and (scope == "global" or lease.user_id == user_id)
+        ]
+        if not idle:
+            return None
+        chosen = min(idle, key=lambda lease: lease.idle_since_s or 0.0)
+        chosen.state = "passivating"
+        return chosen
+
+    def stay(self, lease: Lease) -> None:
+        """It would not go: it works."""
+        lease.state = "live"
+        lease.idle_since_s = None
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def holds(self, lease: Lease) -> bool:
+        return self._leases.get(lease.session_id) is lease
+
+    def get(self, session_id: str) -> Lease | None:
+        return self._leases.get(session_id)
+
+    @property
+    def leases(self) -> list[Lease]:
+        return list(self._leases.values())
+
+    @property
+    def n_live(self) -> int:
+        """Every slot that is taken, in whatever state."""
+        return len(self._leases)
+
+    def n_live_of(self, user_id: str) -> int:
+        return self._per_user[user_id]
+
+    def n_live_in(self, lane: Lane) -> int:
+        return sum(lease.lane == lane for lease in self._leases.values())
