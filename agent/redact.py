@@ -54,8 +54,9 @@ class _Redaction:
     def _member(self, name: Any, value: Any) -> Any:
         """What a sensitive name holds is a secret that needs no shape of its own."""
         if isinstance(name, str) and isinstance(value, str):
-            found = _ASSIGNED.fullmatch(f'{name[-_MAX_NAME:]}="{value}')
-            if found and _is_secret(found):
+            text = f'{name[-_MAX_NAME:]}="{value}'
+            found = _ASSIGNED.search(text)
+            if found and found.end() == len(text) and _is_secret(found):
                 self.n_redacted += 1
                 return MARK
         return self.value(value)
@@ -84,7 +85,9 @@ _BREAK = r"(?:\s|\\[nr])"
 _BASE64 = r"[A-Za-z0-9+/=]{16,}+"
 _KEY_BEGINS = r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----"
 _KEY_ENDS = r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-_SCHEMES = ("bearer", "basic", "token")
+_AUTHORIZED = "".join(
+    ("(?i:", "|".join(f"(?<=authorization: {s} )" for s in ("bearer", "basic", "token")), ")")
+)
 _SHAPES = tuple(
     (needles, re.compile(pattern))
     for needles, pattern in (
@@ -116,8 +119,7 @@ _SHAPES = tuple(
         ),
         (
             ("uthorization", "UTHORIZATION"),
-            f"(?i:{'|'.join(f'(?<=authorization: {each} )' for each in _SCHEMES)})"
-            + r"[A-Za-z0-9._~+/=-]{8,}",
+            _AUTHORIZED + r"[A-Za-z0-9._~+/=-]{8,}",
         ),
         (("://",), r"(?<=://)[^\s:/@\"'$<>{}]{1,100}:[^\s:/@\"'$<>{}]{1,200}(?=@)"),
     )
