@@ -244,6 +244,12 @@ class Desk:
         if placed is not None:
             await self._hosts.give_back(placed[0], clean=clean)
 
+    def take_over(self, host: Host, route: Route, session_id: str, user_id: str) -> None:
+        """Count a session that lived before this desk did. It holds its slot even above a limit that
+        was lowered meanwhile."""
+        self.ledger.take_over(session_id, user_id)
+        self._placed[session_id] = (host, route)
+
     def _remember(self, session_id: str, user_token: str | None) -> None:
         if user_token is None:
             return

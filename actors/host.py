@@ -26,6 +26,14 @@ class SessionHost:
         self._activations[session_id] = activation
         return activation.context.epoch
 
+    def hosted(self) -> list[tuple[str, str, int, bool]]:
+        """`(session_id, user_id, epoch, is_busy)` of every session here."""
+        return [
+            (sid, one.context.opened.user_id, one.context.epoch, one.is_busy())
+            for sid, one in self._activations.items()
+            if not one.is_leaving
+        ]
+
     async def hosts(self, session_id: str) -> bool:
         activation = self._activations.get(session_id)
         return activation is not None and not activation.is_leaving

@@ -71,9 +71,17 @@ class Ledger:
             return Refusal("per_user", self._per_user[user_id], self.max_sessions_per_user)
         if len(self._leases) >= self.max_sessions:
             return Refusal("global", len(self._leases), self.max_sessions)
-        lease = Lease(session_id, user_id, lane, self._now_s())
-        self._leases[session_id] = lease
-        self._per_user[user_id] += 1
+        return self._enter(Lease(session_id, user_id, lane, self._now_s()))
+
+    def take_over(self, session_id: str, user_id: str, lane: Lane = "interactive") -> Lease:
+        """Enter a session that already lives: for a ledger that begins anew beside living actors."""
+        lease = self._enter(Lease(session_id, user_id, lane, self._now_s()))
+        self.confirm(lease)
+        return lease
+
+    def _enter(self, lease: Lease) -> Lease:
+        self._leases[lease.session_id] = lease
+        self._per_user[lease.user_id] += 1
         return lease
 
     def replace(self, leaving: Lease, session_id: str, user_id: str) -> Lease | Refusal:

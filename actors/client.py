@@ -1,0 +1,159 @@
+"""`RaySessions`: floor 2 as the edge sees it on a cluster; and the manager's beginning and end."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+import ray
+
+from actors.desk import Route
+from actors.kit import Kit
+from actors.manager import session_manager
+from actors.protocol import (
+    Accepted,
+    AnyCommand,
+    CapacityView,
+    Moved,
+    Open,
+    Principal,
+    Sessions,
+    Unavailable,
+)
+from actors.remote import NAMESPACE, answer, items
+from actors.routed import RoutedSessions
+from actors.session import MANAGER, kit_of
+from actors.settings import ActorsSettings
+from agent.events import Cursor, Page
+from agent.journal import SessionRow
+from agent.settings import AgentSettings
+
+
+class ManagerPort:
+    """The manager's desk over Ray. Implements `actors.routed.DeskPort`."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    async def _ask(self, method: str, *args: Any, extra_s: float = 0.0) -> Any:
+        lost = Unavailable("The session manager does not answer.", retry_after_s=2)
+        try:
+            manager = await asyncio.to_thread(ray.get_actor, MANAGER, namespace=NAMESPACE)
+        except ValueError as cause:
+            raise lost from cause
+        call = getattr(manager, method).remote(*args)
+        return await answer(call, lost, self._timeout_s + extra_s)
+
+    async def open(self, who: Principal, command: Open) -> SessionRow:
+        return await self._ask("open", who, command)
+
+    async def wake(self, who: Principal, session_id: str, *, not_at: Route | None = None) -> Route:
+        return await self._ask("wake", who, session_id, not_at)
+
+    async def find(self, session_id: str) -> Route | None:
+        return await self._ask("find", session_id)
+
+    async def when_live(self, session_id: str, wait_s: float) -> Route | None:
+        return await self._ask("when_live", session_id, wait_s, extra_s=wait_s)
+
+    async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        return await self._ask("close_session", who, session_id, command)
+
+    async def delete(self, who: Principal, session_id: str) -> None:
+        await self._ask("delete", who, session_id)
+
+    async def live_among(self, session_ids: Iterable[str]) -> frozenset[str]:
+        return await self._ask("live_among", list(session_ids))
+
+    async def capacity(self, who: Principal) -> CapacityView:
+        return await self._ask("capacity", who)
+
+
+class ActorStage:
+    """A session actor by its name. Implements `actors.routed.Stage`."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
+        self._handle: Any = None
+
+    async def _actor(self) -> Any:
+        if self._handle is None:
+            try:
+                self._handle = await asyncio.to_thread(
+                    ray.get_actor, self._name, namespace=NAMESPACE
+                )
+            except ValueError as cause:
+                raise _moved() from cause
+        return self._handle
+
+    async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        actor = await self._actor()
+        call = actor.submit.remote(who, session_id, command)
+        return await answer(call, _moved(), self._timeout_s)
+
+    async def pages(
+        self,
+        who: Principal,
+        session_id: str,
+        cursor: Cursor,
+        *,
+        turn: int | None = None,
+        follow: bool = True,
+    ) -> AsyncGenerator[Page]:
+        actor = await self._actor()
+        stream = actor.pages.options(num_returns="streaming").remote(
+            who, session_id, cursor, turn, follow
+        )
+        async with aclosing(items(stream, _moved())) as pages:
+            async for page in pages:
+                yield page
+
+
+def _moved() -> Moved:
+    return Moved("The session's process is gone.")
+
+
+class RaySessions(RoutedSessions):
+    """`actors.protocol.Sessions` on Ray; the sole holder of actor handles."""
+
+    def __init__(self, kit: Kit) -> None:
+        super().__init__(ManagerPort(kit.actors.call_timeout_s), kit)
+        self._stages: dict[str, ActorStage] = {}
+
+    def _stage(self, route: Route) -> ActorStage:
+        if route.host not in self._stages:
+            while len(self._stages) >= self._kit.actors.max_sessions * 2:
+                del self._stages[next(iter(self._stages))]
+            self._stages[route.host] = ActorStage(route.host, self._kit.actors.call_timeout_s)
+        return self._stages[route.host]
+
+
+async def connect(agent: AgentSettings, actors: ActorsSettings) -> Sessions:
+    """The sessions of the cluster that this process is part of."""
+    return RaySessions(await kit_of(agent, actors))
+
+
+async def start_manager(agent: AgentSettings, actors: ActorsSettings) -> None:
+    """Have the cluster's manager running when this returns. For the process that assembles a house.
+
+    Raises:
+        Unavailable: it did not start.
+    """
+    lost = Unavailable("The session manager did not start.")
+    await answer(session_manager(agent, actors).ready.remote(), lost, actors.call_timeout_s)
+
+
+async def drain(actors: ActorsSettings) -> None:
+    """Sessions come to rest, then their actors end, then the manager.
+
+    Raises:
+        Unavailable: not in time, or the manager died meanwhile.
+    """
+    try:
+        manager = ray.get_actor(MANAGER, namespace=NAMESPACE)
+    except ValueError:
+        return
+    lost = Unavailable("The sessions did not come to rest in time.")
+    await answer(manager.drain.remote(), lost, actors.close_wait_s + actors.call_timeout_s)
+    ray.kill(manager)

@@ -1,0 +1,106 @@
+"""`SessionManager`: the singleton that admits and routes. A thin Ray shell over `Desk`.
+
+Detached and restarted by Ray for ever; a restarted one finds the session actors by their names. What
+must go on when a caller leaves runs in the desk's own tasks.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+
+from actors.activation import Change
+from actors.desk import Desk, Route
+from actors.protocol import (
+    Accepted,
+    AnyCommand,
+    CapacityView,
+    Open,
+    Principal,
+    Unavailable,
+)
+from actors.rayhost import RayHost, RayHosts
+from actors.remote import NAMESPACE
+from actors.session import MANAGER, MAX_CONCURRENCY, kit_of
+from actors.settings import ActorsSettings
+from agent.agents import load_agents
+from agent.journal import SessionRow
+from agent.settings import AgentSettings
+
+
+class SessionManager:
+    async def __init__(self, agent: AgentSettings, actors: ActorsSettings) -> None:
+        self._hosts = RayHosts(agent, actors, died=self._host_died)
+        agents = load_agents([agent.agents_dir] if agent.agents_dir else [])
+        kit = await kit_of(agent, actors)
+        self._desk = Desk(kit, self._hosts, agents, default_model=agent.default_model)
+        for host in self._hosts.survivors():
+            await self._take_over(host)
+        self._hosts.keep_warm()
+
+    async def _take_over(self, host: RayHost) -> None:
+        """A host that lived before this manager: keep what it hosts, end it if it hosts nothing."""
+        try:
+            hosted = await host.hosted()
+        except Unavailable:
+            hosted = []
+        for session in hosted:
+            route = Route(host.name, session.epoch)
+            self._desk.take_over(host, route, session.session_id, session.user_id)
+            self._desk.note(
+                session.session_id, session.epoch, "busy" if session.is_busy else "rested"
+            )
+        if not hosted:
+            await self._hosts.give_back(host, clean=False)
+
+    def _host_died(self, name: str) -> None:
+        self._desk.host_died(name)
+
+    async def ready(self) -> bool:
+        return True
+
+    async def open(self, who: Principal, command: Open) -> SessionRow:
+        return await self._desk.open(who, command)
+
+    async def wake(self, who: Principal, session_id: str, not_at: Route | None) -> Route:
+        return await self._desk.wake(who, session_id, not_at=not_at)
+
+    async def find(self, session_id: str) -> Route | None:
+        return await self._desk.find(session_id)
+
+    async def when_live(self, session_id: str, wait_s: float) -> Route | None:
+        return await self._desk.when_live(session_id, wait_s)
+
+    async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        return await self._desk.close_session(who, session_id, command)
+
+    async def delete(self, who: Principal, session_id: str) -> None:
+        await self._desk.delete(who, session_id)
+
+    async def live_among(self, session_ids: Iterable[str]) -> frozenset[str]:
+        return await self._desk.live_among(session_ids)
+
+    async def capacity(self, who: Principal) -> CapacityView:
+        return await self._desk.capacity(who)
+
+    async def note(self, session_id: str, epoch: int, change: Change) -> None:
+        self._desk.note(session_id, epoch, change)
+
+    async def drain(self) -> None:
+        """Bring every session to rest, then end every session actor."""
+        await self._desk.drain()
+        await self._hosts.close()
+
+
+_remote: Any = ray.remote  # its types know neither async constructors nor these options
+_SessionManager = _remote(num_cpus=0, max_restarts=-1, max_concurrency=MAX_CONCURRENCY)(
+    SessionManager
+)
+
+
+def session_manager(agent: AgentSettings, actors: ActorsSettings) -> Any:
+    """The manager of this cluster: the one that runs, else a new one."""
+    placed = _SessionManager.options(
+        name=MANAGER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+    )
+    return placed.remote(agent, actors)

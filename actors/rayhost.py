@@ -1,0 +1,172 @@
+"""Hosts on Ray: session actors, a few of them warm, each watched for its death."""
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ray
+import structlog
+from ray.exceptions import RayError
+from ray.util import list_named_actors
+
+from actors.desk import Host
+from actors.detached import Detached
+from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
+from actors.remote import NAMESPACE, answer
+from actors.session import Hosted, session_actor
+from actors.settings import ActorsSettings
+from agent.settings import AgentSettings
+
+log = structlog.get_logger()
+
+PREFIX = "session-"
+MAX_STARTING = 4
+"""Actor processes that start at once: each costs 1 to 2 CPU-seconds, which running turns need too."""
+
+
+class RayHost:
+    """A session actor as the desk sees it. Implements `actors.desk.Host`."""
+
+    def __init__(self, name: str, handle: Any, timeout_s: float) -> None:
+        self.name = name
+        self.handle = handle
+        self.n_uses = 0
+        self._timeout_s = timeout_s
+
+    def _lost(self) -> Unavailable:
+        return Unavailable("The session's process does not answer.", retry_after_s=1)
+
+    async def ready(self) -> None:
+        await answer(self.handle.ready.remote(), self._lost(), self._timeout_s)
+
+    async def adopt(self, session_id: str, user_token: str | None = None) -> int:
+        self.n_uses += 1
+        call = self.handle.adopt.remote(session_id, user_token)
+        return await answer(call, self._lost(), self._timeout_s)
+
+    async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        call = self.handle.submit.remote(who, session_id, command)
+        return await answer(call, self._lost(), self._timeout_s)
+
+    async def passivate(
+        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
+    ) -> bool:
+        call = self.handle.passivate.remote(session_id, reason)
+        return await answer(call, self._lost(), self._timeout_s)
+
+    async def end(self, session_id: str, *, deleted: bool = False) -> None:
+        await answer(self.handle.end.remote(session_id, deleted), self._lost(), self._timeout_s)
+
+    async def hosts(self, session_id: str) -> bool:
+        try:
+            return await answer(self.handle.hosts.remote(session_id), self._lost(), 5.0)
+        except Unavailable:
+            return False
+
+    async def hosted(self) -> list[Hosted]:
+        return await answer(self.handle.hosted.remote(), self._lost(), self._timeout_s)
+
+
+class RayHosts:
+    """Implements `actors.desk.Hosts`. `died` is called once for every actor that ends unasked."""
+
+    def __init__(
+        self, agent: AgentSettings, actors: ActorsSettings, died: Callable[[str], None]
+    ) -> None:
+        self._agent = agent
+        self._actors = actors
+        self._died = died
+        self._warm: deque[RayHost] = deque()
+        self._starting = asyncio.Semaphore(MAX_STARTING)
+        self._tasks = Detached()
+        self._refill: asyncio.Task[None] | None = None
+        self._all: dict[str, RayHost] = {}
+        self._closing = False
+
+    @property
+    def n_warm(self) -> int:
+        return len(self._warm)
+
+    async def acquire(self) -> RayHost:
+        host = self._warm.popleft() if self._warm else await self._start()
+        self.keep_warm()
+        return host
+
+    def keep_warm(self) -> None:
+        """Have the pool filled in the background, one at a time."""
+        if self._refill is None and not self._closing:
+            self._refill = self._tasks.start(self._fill(), name="warm")
+
+    async def _fill(self) -> None:
+        try:
+            while len(self._warm) < self._actors.warm_actors and not self._closing:
+                self._warm.append(await self._start())
+        except Unavailable as fault:
+            log.warning("warm_actor_failed", code=fault.code)
+        finally:
+            self._refill = None
+
+    async def _start(self) -> RayHost:
+        name = f"{PREFIX}{uuid.uuid4().hex[:12]}"
+        async with self._starting:
+            host = self._known(name, session_actor(name, self._agent, self._actors))
+            try:
+                await host.ready()
+            except Unavailable:
+                self._kill(host)
+                raise
+        return host
+
+    def _known(self, name: str, handle: Any) -> RayHost:
+        host = RayHost(name, handle, self._actors.call_timeout_s)
+        self._all[name] = host
+        self._tasks.start(self._watch(host), name=f"watch {name}")
+        return host
+
+    async def _watch(self, host: RayHost) -> None:
+        """Learn of a death within milliseconds, by the failure of one outstanding call."""
+        try:
+            await host.handle.gone.remote()
+        except RayError:
+            if self._all.pop(host.name, None) is not None:
+                self._warm = deque(warm for warm in self._warm if warm is not host)
+                self._died(host.name)
+                self.keep_warm()
+
+    async def give_back(self, host: Host, *, clean: bool) -> None:
+        known = self._all.get(host.name)
+        if known is None:
+            return
+        fresh = clean and known.n_uses < self._actors.max_uses
+        if fresh and len(self._warm) < max(1, self._actors.warm_actors) and not self._closing:
+            self._warm.append(known)
+        else:
+            self._kill(known)
+
+    def _kill(self, host: RayHost) -> None:
+        """End a process of ours; its watcher stays quiet."""
+        self._all.pop(host.name, None)
+        ray.kill(host.handle)
+
+    def survivors(self) -> list[RayHost]:
+        """The session actors that a manager before this one left, now watched by this one."""
+        everyone: Any = list_named_actors(all_namespaces=True)
+        names = [
+            named["name"]
+            for named in everyone
+            if named["namespace"] == NAMESPACE and named["name"].startswith(PREFIX)
+        ]
+        return [
+            self._known(name, ray.get_actor(name, namespace=NAMESPACE))
+            for name in names
+            if name not in self._all
+        ]
+
+    async def close(self) -> None:
+        """End every actor."""
+        self._closing = True
+        for host in list(self._all.values()):
+            self._kill(host)
+        await self._tasks.close()

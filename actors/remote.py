@@ -1,0 +1,68 @@
+"""Calls to Ray actors, and the one place where Ray's errors become ours.
+
+A caught remote error's text holds pids, addresses and a traceback; what leaves here is a Fault, the
+remote one or `lost`. A fault raised remotely arrives as itself, since every Fault survives pickling.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+
+from actors.protocol import Unavailable
+from agent.faults import Fault
+
+T = TypeVar("T")
+NAMESPACE = "troupe"
+
+
+async def answer(ref: Awaitable[T], lost: Fault, timeout_s: float) -> T:
+    """The result of a remote call.
+
+    Raises:
+        Fault: what the remote raised; `lost` when the actor is dead or unreachable, or the time is
+            over: whether the call was carried out is then not known.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await ref
+    except TimeoutError as cause:
+        raise lost from cause
+    except RayError as cause:
+        raise unwrapped(cause, lost) from cause
+
+
+def unwrapped(error: RayError, lost: Fault) -> Fault:
+    """The fault inside a Ray error."""
+    if isinstance(error, Fault):
+        # Ray's error class for a task is made on the fly, a subclass of the cause's class too.
+        return error.cause if isinstance(error.cause, Fault) else error
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Fault):
+        return error.cause
+    if isinstance(error, RayTaskError) and isinstance(error.cause, RayActorError):
+        return lost
+    if isinstance(error, RayActorError | TaskCancelledError):
+        return lost
+    return Unavailable("Something failed inside the cluster.", retry_after_s=1)
+
+
+async def items(stream: Any, lost: Fault) -> AsyncGenerator[Any]:
+    """The items of a remote streaming generator. Dropping one does not stop it in the actor (2.60),
+    so closing this cancels it.
+
+    Raises:
+        Fault: as in `answer`.
+    """
+    done = False
+    try:
+        async for ref in stream:
+            yield await ref
+        done = True
+    except RayError as cause:
+        done = True
+        raise unwrapped(cause, lost) from cause
+    finally:
+        if not done:
+            ray.cancel(stream)

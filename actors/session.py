@@ -1,0 +1,100 @@
+"""`SessionActor`: a process that hosts sessions. A thin Ray shell over `SessionHost`."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, Literal, NamedTuple
+
+import ray
+
+from actors.activation import Change
+from actors.gateway import GatewayModel
+from actors.host import SessionHost
+from actors.kit import Kit
+from actors.protocol import Accepted, AnyCommand, Principal
+from actors.remote import NAMESPACE
+from actors.settings import ActorsSettings
+from agent.events import Cursor, Page
+from agent.journals import open_journal
+from agent.settings import AgentSettings
+
+MANAGER = "manager"
+MAX_CONCURRENCY = 10_000
+"""Calls at once on one actor's loop: every open reader holds one."""
+
+
+class Hosted(NamedTuple):
+    """A session that lives in an actor, for a manager that was restarted."""
+
+    session_id: str
+    user_id: str
+    epoch: int
+    is_busy: bool
+
+
+async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
+    """The parts that a process of the cluster shares among its sessions."""
+    journal = await open_journal(agent.journal_url, agent.storage_dir)
+    return Kit(journal=journal, model=GatewayModel(), agent=agent, actors=actors)
+
+
+class SessionActor:
+    async def __init__(self, name: str, agent: AgentSettings, actors: ActorsSettings) -> None:
+        self._kit = await kit_of(agent, actors)
+        self._host = SessionHost(self._kit, name, self._report)
+
+    def _report(self, session_id: str, epoch: int, change: Change) -> None:
+        """Tell the manager. Not awaited: it is a hint, and the manager may be away."""
+        try:
+            manager = ray.get_actor(MANAGER, namespace=NAMESPACE)
+        except ValueError:
+            return
+        manager.note.remote(session_id, epoch, change)
+
+    async def ready(self) -> bool:
+        return True
+
+    async def gone(self) -> None:
+        """Never returns: that this call fails tells the manager at once that the process died."""
+        await asyncio.Event().wait()
+
+    async def adopt(self, session_id: str, user_token: str | None) -> int:
+        return await self._host.adopt(session_id, user_token)
+
+    async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
+        return await self._host.submit(who, session_id, command)
+
+    async def pages(
+        self,
+        who: Principal,
+        session_id: str,
+        cursor: Cursor,
+        turn: int | None,
+        follow: bool,  # noqa: FBT001 - Ray passes by position
+    ) -> AsyncGenerator[Page]:
+        async for page in self._host.pages(who, session_id, cursor, turn=turn, follow=follow):
+            yield page
+
+    async def passivate(
+        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
+    ) -> bool:
+        return await self._host.passivate(session_id, reason)
+
+    async def end(self, session_id: str, deleted: bool) -> None:  # noqa: FBT001 - Ray passes by position
+        await self._host.end(session_id, deleted=deleted)
+
+    async def hosts(self, session_id: str) -> bool:
+        return await self._host.hosts(session_id)
+
+    async def hosted(self) -> list[Hosted]:
+        return [Hosted(*each) for each in self._host.hosted()]
+
+
+_remote: Any = ray.remote  # its types know neither async constructors nor these options
+_SessionActor = _remote(num_cpus=0, max_restarts=0, max_concurrency=MAX_CONCURRENCY)(SessionActor)
+"""`max_restarts=0`: a blind restart knows no epoch and holds no slot; the manager decides."""
+
+
+def session_actor(name: str, agent: AgentSettings, actors: ActorsSettings) -> Any:
+    """Start one. Detached: it outlives the manager that made it, and is found by its name."""
+    placed = _SessionActor.options(name=name, namespace=NAMESPACE, lifetime="detached")
+    return placed.remote(name, agent, actors)
