@@ -85,8 +85,8 @@ _BREAK = r"(?:\s|\\[nr])"
 _BASE64 = r"[A-Za-z0-9+/=]{16,}+"
 _KEY_BEGINS = r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----"
 _KEY_ENDS = r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-_AUTHORIZED = "".join(
-    ("(?i:", "|".join(f"(?<=authorization: {s} )" for s in ("bearer", "basic", "token")), ")")
+_AUTHORIZED = (
+    r"(?i:(?<=authorization: bearer )|(?<=authorization: basic )|(?<=authorization: token ))"
 )
 _SHAPES = tuple(
     (needles, re.compile(pattern))
