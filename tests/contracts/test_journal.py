@@ -1,8 +1,8 @@
 """What holds for every journal, and what SQLite adds: many processes, a kill at any instant."""
 
 import asyncio
-import sqlite3
 import sys
+import threading
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -485,19 +485,18 @@ async def test_many_journals_may_make_one_file_at_once(tmp_path: Path) -> None:
     opened = await asyncio.gather(*(SqliteJournal.open(path) for _ in range(12)))
     await asyncio.gather(*(j.create(opening(f"s{n}")) for n, j in enumerate(opened)))
     assert len((await opened[0].rows("ann", limit=50)).rows) == 12
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert (await asyncio.to_thread(path.stat)).st_mode & 0o777 == 0o600
     await asyncio.gather(*(journal.close() for journal in opened))
 
 
 async def test_a_file_of_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite3"
-    await (await SqliteJournal.open(path)).close()
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE schema_version SET version = 99")
-    db.close()
+    journal = await SqliteJournal.open(path)
+    await journal._read(lambda db: db.execute("UPDATE schema_version SET version = 99").fetchone())
+    await journal.close()
     with pytest.raises(JournalFault, match="schema 99"):
         await SqliteJournal.open(path)
-    (tmp_path / "text").write_text("no database at all, " * 100)
+    await asyncio.to_thread((tmp_path / "text").write_text, "no database at all, " * 100)
     with pytest.raises(JournalFault):
         await SqliteJournal.open(tmp_path / "text")
 
@@ -514,15 +513,55 @@ async def test_a_store_that_is_full_fails_the_write_and_goes_on_afterwards(tmp_p
     await journal.close()
 
 
+async def test_a_file_that_stays_locked_is_a_fault_and_no_loss(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite3"
+    journal = SqliteJournal(path)
+    session_id, epoch = await begun(journal)
+    await journal._read(lambda db: db.execute("PRAGMA busy_timeout = 20").fetchone())
+    other = await SqliteJournal.open(path)
+    await other._read(lambda db: db.execute("BEGIN IMMEDIATE").fetchone())
+    answers = await asyncio.gather(
+        *(journal.append(session_id, epoch, [said(f"{n}")]) for n in range(3)),
+        return_exceptions=True,
+    )
+    assert [type(answer) for answer in answers] == [JournalFault] * 3
+    assert (await journal.row(session_id)).head == 1  # readers do not wait for writers
+    await other._read(lambda db: db.execute("ROLLBACK").fetchone())
+    await other.close()
+    await journal.append(session_id, epoch, [said("again")])
+    assert await texts(journal, session_id) == ["again"]
+    await journal.close()
+
+
+async def test_writes_that_are_cancelled_while_they_wait_leave_the_others_alone(
+    tmp_path: Path,
+) -> None:
+    journal = SqliteJournal(tmp_path / "journal.sqlite3")
+    session_id, epoch = await begun(journal)
+    busy = threading.Event()
+    blocking = asyncio.create_task(journal._read(lambda _: busy.wait(10)))
+    appends = [
+        asyncio.create_task(journal.append(session_id, epoch, [said(f"{n}")])) for n in range(200)
+    ]
+    await asyncio.sleep(0)
+    for append in appends[::2]:
+        append.cancel()
+    await asyncio.sleep(0)
+    busy.set()
+    await asyncio.wait([blocking, *appends])
+    assert sorted(await texts(journal, session_id), key=int) == [str(n) for n in range(1, 200, 2)]
+    await journal.close()
+
+
 async def test_a_url_says_which_journal(tmp_path: Path) -> None:
     assert isinstance(await open_journal("memory:", tmp_path), MemoryJournal)
     relative = await open_journal("sqlite:///sub/j.sqlite3", tmp_path)
     absolute = await open_journal(f"sqlite:///{tmp_path}/k.sqlite3", tmp_path / "elsewhere")
     await relative.close()
     await absolute.close()
-    assert (tmp_path / "sub" / "j.sqlite3").exists()
-    assert (tmp_path / "k.sqlite3").exists()
-    assert not (tmp_path / "elsewhere").exists()
+    assert await asyncio.to_thread((tmp_path / "sub" / "j.sqlite3").exists)
+    assert await asyncio.to_thread((tmp_path / "k.sqlite3").exists)
+    assert not await asyncio.to_thread((tmp_path / "elsewhere").exists)
     for url in ("", "memory", "sqlite://j", "sqlite:///", "sqlite:///j?x=1", "mysql://h/d"):
         with pytest.raises(SettingsInvalid):
             await open_journal(url, tmp_path)
