@@ -1,0 +1,190 @@
+"""R. Starts and stops what a house needs: Ray, Serve, the manager, the edge.
+
+With `RAY_ADDRESS` in the environment an existing cluster is joined and left as it was, without
+Troupe; otherwise a local Ray is started and ends with this process. Ray is imported late: it reads
+its switches at import, and `troupe status` should not pay for it.
+"""
+
+import asyncio
+import contextlib
+import io
+import logging
+import os
+import secrets
+import socket
+from collections.abc import MutableMapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from agent.faults import Fault
+from serve_app.settings import TroupeSettings
+
+NAMESPACE = "troupe"
+OBJECT_STORE_BYTES = 256 * 1024**2
+"""Events are small and travel inline; Ray's own default is 30 % of the machine's memory."""
+DRAIN_MARGIN_S = 15.0
+"""Over `actors.close_wait_s`, which sessions get to come to rest: to end the actors and tell of it."""
+
+
+class CannotStart(Fault):
+    code = "cannot_start"
+
+
+class Running(NamedTuple):
+    url: str
+    dashboard_url: str | None
+    """None: the cluster that was joined has none."""
+    ray_address: str
+    ray_auth_token: str | None
+    """None: it came from a file or the cluster has none."""
+
+
+class Cluster:
+    """One house of sessions, from `start` to `stop`."""
+
+    def __init__(self, settings: TroupeSettings) -> None:
+        self._settings = settings
+        self._ends = ExitStack()
+
+    def start(self) -> Running:
+        """Start everything, in order; blocks until sessions can be opened over HTTP.
+
+        Whatever was started is ended again when a later step fails or Ctrl-C comes.
+
+        Raises:
+            CannotStart: the port is taken, or no Ray could be had; says which.
+            SettingsInvalid
+        """
+        port = free_port(self._settings.serve.host, self._settings.serve.port)
+        settings = with_port(self._settings, port)
+        with ExitStack() as ends:
+            running = self._start(settings, ends)
+            self._ends = ends.pop_all()
+        return running
+
+    def _start(self, settings: TroupeSettings, ends: ExitStack) -> Running:
+        prepare_environment(os.environ)
+        # After the environment and late for the same reason.
+        import actors.client
+        import ray  # late: see the module
+        from ray import serve
+
+        import serve_app.deployment
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        context = _join_or_start(ray)
+        ends.callback(_quietly, ray.shutdown)
+        # Serve's HTTP options are those of the first start; a deployment that comes first would
+        # settle them on port 8000.
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": settings.serve.host, "port": settings.serve.port},
+        )
+        ends.callback(_quietly, serve.shutdown)
+        ends.callback(self._drain, settings)
+        asyncio.run(actors.client.start_manager(settings))
+        serve_app.deployment.deploy(settings)
+        return Running(
+            url=f"http://{url_host(settings.serve.host)}:{settings.serve.port}",
+            dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+            ray_address=context.address_info["gcs_address"],
+            ray_auth_token=os.environ.get("RAY_AUTH_TOKEN"),
+        )
+
+    @staticmethod
+    def _drain(settings: TroupeSettings) -> None:
+        import actors.client  # loaded by `_start`
+
+        limit_s = settings.actors.close_wait_s + DRAIN_MARGIN_S
+
+        async def drained() -> None:
+            async with asyncio.timeout(limit_s):
+                await actors.client.drain(settings)
+
+        asyncio.run(drained())
+
+    def stop(self) -> None:
+        """Sessions come to rest, then actors end, then Serve, then Ray if it is ours.
+
+        Every step is tried, also after one that failed; Ctrl-C skips to the next.
+        """
+        self._ends.close()
+
+
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Ray's switches, for this process and every one that Ray starts from it. What is set, stays.
+
+    A local Ray listens on every address of the machine (`ray.init` has no way to keep it on
+    loopback), so it always has a token. When a cluster is joined, the token is that cluster's.
+    """
+    environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Otherwise every worker starts through `uv run` and resolves the environment again.
+    environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if "RAY_ADDRESS" in environ:
+        return
+    environ.setdefault("RAY_AUTH_MODE", "token")
+    if environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in environ:
+        environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _join_or_start(ray: Any) -> Any:
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if "RAY_ADDRESS" not in os.environ:
+        options |= {
+            # "local" and not None: a cluster that somebody left on this machine is not joined.
+            "address": "local",
+            # Serve's data path and its Python API need no dashboard (2.60, tried: requests are
+            # answered with False). What does: the page that `troupe up` prints, and the REST and
+            # state API behind `serve status`, `ray list actors` and `ray job`, since False starts
+            # the head process with the usage module only. True also makes a dashboard that cannot
+            # start an error here and not a surprise later.
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
+        return ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as cause:
+        what = os.environ.get("RAY_ADDRESS", "a local Ray")
+        raise CannotStart(f"Ray: {what} could not be reached or started.") from cause
+
+
+def _quietly(step: Any) -> None:
+    """Run a step of Ray's shutdown without the news that it prints of actors ending as they should."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        step()
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, if it can be had; for 0 one that was free a moment ago.
+
+    Serve finds a taken port out half a minute later, in a process of its own.
+
+    Raises:
+        CannotStart
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except OSError as cause:
+        raise CannotStart(
+            f"Port {port} of {host} cannot be had ({cause.strerror}). Choose another with --port."
+        ) from cause
+
+
+def with_port(settings: TroupeSettings, port: int) -> TroupeSettings:
+    return settings.model_copy(update={"serve": settings.serve.model_copy(update={"port": port})})
+
+
+def url_host(host: str) -> str:
+    """The name to call a listening address by from this machine."""
+    if host in {"0.0.0.0", "::"}:  # noqa: S104  compared, not bound
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,259 @@
+"""The commands that need no Ray, as a person runs them: in a process of their own."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import socket
+import stat
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from actors.protocol import Open, Principal, Sessions
+from serve_app.auth import new_key, read_keys
+from serve_app.cli_models import PROVIDERS, SCRIPTED, choose
+from serve_app.cli_run import AlreadyRunning, Run, RunFile
+from serve_app.cluster import CannotStart, free_port, prepare_environment
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 15.0
+"""Of a whole command: the interpreter and its imports take about a second on a free core."""
+
+
+class Done(NamedTuple):
+    code: int
+    output: str
+
+
+class Program:
+    """A running `troupe`, with what it wrote so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+
+    async def until(self, text: str) -> None:
+        """Read on to `text`, which must come."""
+        assert self.process.stdout
+        while text not in self.output:
+            piece = await self.process.stdout.read(4096)
+            assert piece, f"{text!r} never came: {self.output}"
+            self.output += piece.decode()
+
+    async def type(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n".encode())
+        await self.process.stdin.drain()
+
+    async def done(self) -> Done:
+        assert self.process.stdout
+        self.output += (await self.process.stdout.read()).decode()
+        return Done(await self.process.wait(), self.output)
+
+
+@asynccontextmanager
+async def troupe(cwd: Path, *arguments: str) -> AsyncIterator[Program]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "serve_app.cli", *arguments,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            yield Program(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def run(cwd: Path, *arguments: str) -> Done:
+    async with troupe(cwd, *arguments) as program:
+        return await program.done()
+
+
+# The run file
+
+
+def test_the_run_file_is_for_its_owner_only(tmp_path: Path) -> None:
+    file = RunFile(tmp_path / "var")
+    with file.held() as write:
+        write(Run(pid=1, url="http://127.0.0.1:1", ray_auth_token="t"))
+        assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
+        found = file.read()
+        assert found
+        assert found.url == "http://127.0.0.1:1"
+
+
+def test_a_second_house_in_the_same_storage_is_refused_by_name(tmp_path: Path) -> None:
+    with RunFile(tmp_path).held() as write:
+        write(Run(pid=4711, url="http://127.0.0.1:1"))
+        refused = pytest.raises(AlreadyRunning, match=r"http://127\.0\.0\.1:1, pid 4711")
+        with refused, RunFile(tmp_path).held():
+            pass
+
+
+def test_a_run_file_that_a_dead_house_left_counts_for_nothing(tmp_path: Path) -> None:
+    file = RunFile(tmp_path)
+    file.path.write_text(Run(pid=os.getpid(), url="http://127.0.0.1:1").model_dump_json())
+    assert file.read() is None
+    assert file.wait_until_free(0)
+    with file.held():
+        found = file.read()
+        assert found
+        assert found.url is None
+
+
+def test_the_end_of_a_house_takes_its_token_with_it(tmp_path: Path) -> None:
+    file = RunFile(tmp_path)
+    with file.held() as write:
+        write(Run(pid=1, ray_auth_token="secret"))
+    assert file.path.read_text() == ""
+    assert file.read() is None
+
+
+# Settings, ports, environment
+
+
+@pytest.mark.parametrize(
+    ("option", "configured", "environ", "model"),
+    [
+        ("m/a", "m/b", {"OPENAI_API_KEY": "k"}, "m/a"),
+        (None, "m/b", {"OPENAI_API_KEY": "k"}, "m/b"),
+        (None, None, {"OPENAI_API_KEY": "k"}, "openai/gpt-5.6"),
+        (None, None, {"OPENAI_API_KEY": ""}, SCRIPTED),
+        (None, None, {}, SCRIPTED),
+    ],
+)
+def test_the_nearest_wish_picks_the_model(
+    option: str | None, configured: str | None, environ: dict[str, str], model: str
+) -> None:
+    assert choose(option, configured, environ).model == model
+
+
+def test_the_default_models_are_ones_that_litellm_knows() -> None:
+    spec = importlib.util.find_spec("litellm")
+    assert spec
+    assert spec.origin
+    prices = Path(spec.origin).parent / "model_prices_and_context_window_backup.json"
+    known = json.loads(prices.read_text())
+    for name, model in PROVIDERS:
+        if name != "HF_TOKEN":  # its router prices by provider, which litellm does not list
+            card = known.get(model) or known[model.partition("/")[2]]
+            assert card["supports_function_calling"]
+
+
+def test_a_local_ray_always_has_a_token() -> None:
+    environ: dict[str, str] = {}
+    prepare_environment(environ)
+    assert environ["RAY_AUTH_MODE"] == "token"
+    assert len(environ["RAY_AUTH_TOKEN"]) == 64
+    other: dict[str, str] = {}
+    prepare_environment(other)
+    assert other["RAY_AUTH_TOKEN"] != environ["RAY_AUTH_TOKEN"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"RAY_ADDRESS": "10.0.0.1:6379"},
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_TOKEN_PATH": "/etc/token"},
+    ],
+)
+def test_no_token_is_made_up_where_the_operator_said_something_else(given: dict[str, str]) -> None:
+    environ = dict(given)
+    prepare_environment(environ)
+    assert "RAY_AUTH_TOKEN" not in environ
+    assert environ.items() >= given.items()
+
+
+def test_a_taken_port_is_refused_by_number() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotStart, match=str(port)):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
+
+
+# Whole commands
+
+
+async def test_nothing_running_is_exit_code_1(tmp_path: Path) -> None:
+    for command in ("status", "down", "chat"):
+        done = await run(tmp_path, command)
+        assert done.code == 1
+        assert "Nothing runs" in done.output
+
+
+async def test_up_refuses_before_it_starts_anything(tmp_path: Path) -> None:
+    """Each is told in a sentence, within the seconds in which Ray could not have started."""
+    no_keys = await run(tmp_path, "up")
+    assert no_keys.code == 1
+    assert "troupe key USER" in no_keys.output
+    open_dev = await run(tmp_path, "up", "--dev", "--host", "0.0.0.0")
+    assert open_dev.code == 1
+    assert "loopback" in open_dev.output
+    with RunFile(tmp_path / "var").held() as write:
+        write(Run(pid=os.getpid(), url="http://127.0.0.1:1"))
+        second = await run(tmp_path, "up", "--dev")
+    assert second.code == 1
+    assert "already running" in second.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        clash = await run(tmp_path, "up", "--dev", "--port", str(port))
+    assert clash.code == 1
+    assert str(port) in clash.output
+    assert "Traceback" not in no_keys.output + open_dev.output + second.output + clash.output
+
+
+async def test_key_appends_a_hash_and_shows_the_key_once(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "keys.yaml"
+    tokens = [
+        (await run(tmp_path, "key", user, "--keys-file", str(path))).output.split()[-1]
+        for user in ("alice", "bob")
+    ]
+    assert [entry.user for entry in read_keys(path).keys] == ["alice", "bob"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert all(token.startswith("troupe_") and token not in path.read_text() for token in tokens)
+
+
+async def test_key_refuses_a_name_that_is_none(tmp_path: Path) -> None:
+    done = await run(tmp_path, "key", "a b", "--keys-file", "keys.yaml")
+    assert done.code == 1
+    assert not (tmp_path / "keys.yaml").exists()
+
+
+async def test_status_shows_the_callers_sessions(
+    tmp_path: Path, url: str, tokens: dict[str, str], sessions: Sessions
+) -> None:
+    await sessions.open(Principal("alice"), Open(title="hers [bold]"))
+    await sessions.open(Principal("bob"), Open(title="his"))
+    done = await run(tmp_path, "status", "--url", url, "--key", tokens["alice"])
+    assert done.code == 0
+    assert "ready" in done.output
+    assert "hers [bold]" in done.output
+    assert "his" not in done.output
+
+
+async def test_a_wrong_key_is_a_sentence(tmp_path: Path, url: str) -> None:
+    done = await run(tmp_path, "status", "--url", url, "--key", new_key("x").token)
+    assert done.code == 1
+    assert "unauthorized" in done.output
+    assert "Traceback" not in done.output
+
+
+async def test_a_server_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    done = await run(tmp_path, "status", "--url", f"http://127.0.0.1:{port}")
+    assert done.code == 1
+    assert "No answer" in done.output
+    assert "Traceback" not in done.output
