@@ -28,6 +28,7 @@ RAY_FILES = {
     "actors/gateway.py",
     "actors/bulk.py",
     "actors/rayhost.py",
+    "actors/remote.py",
     "serve_app/cluster.py",
     "serve_app/deployment.py",
 }
@@ -52,6 +53,7 @@ ENVIRONMENT_READERS = {
 
 CATCH_ALL = {
     "agent/faults.py": "boundary(): foreign exceptions become one class, once",
+    "serve_app/app.py": "the last resort: whatever reaches the edge is logged and becomes a 500 problem",
     "agent/tools/router.py": "whatever a tool raises is that call's `error` result",
 }
 """Files that may say `except Exception`, each with its reason."""

@@ -1,0 +1,55 @@
+"""Floor 3's section of the settings, and the three sections together."""
+
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from actors.settings import ActorsSettings
+from agent.settings import AgentSettings, Section, load
+
+
+class ServeSettings(Section):
+    """Floor 3: where HTTP listens, who may call, how large bodies and streams may be."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0: any free one."""
+    dev: bool = False
+    """No keys: every caller is the user `dev`. Only on a loopback host."""
+    keys_file: Path = Path("keys.yaml")
+    """Who may call, unless `dev`: see `serve_app.auth`."""
+    max_body_bytes: int = Field(default=4 * 1024**2, ge=2 * 1024**2)
+    """The lower bound leaves room for the longest message, fully escaped in JSON."""
+    stream_max_s: float = Field(default=300.0, gt=0)
+    stream_max_bytes: int = Field(default=4 * 1024**2, ge=64 * 1024)
+
+    @model_validator(mode="after")
+    def _dev_stays_at_home(self) -> Self:
+        if self.dev and not is_loopback(self.host):
+            raise ValueError(f"dev has no keys, so it listens on loopback only, not on {self.host}")
+        return self
+
+
+class TroupeSettings(Section):
+    agent: AgentSettings = AgentSettings()
+    actors: ActorsSettings = ActorsSettings()
+    serve: ServeSettings = ServeSettings()
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_settings(files: Sequence[Path] = ()) -> TroupeSettings:
+    """`configs/default.yaml`, then `files`, then the environment; later wins.
+
+    Raises:
+        SettingsInvalid: names the file or the key, and what is wrong.
+    """
+    return load(TroupeSettings, files)

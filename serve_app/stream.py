@@ -1,0 +1,105 @@
+"""Pages as server-sent events, bounded in time, in bytes, and in what a silent client may hold."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import structlog
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from agent.events import Frame, Page
+from agent.faults import Fault
+from serve_app.settings import ServeSettings
+
+log = structlog.get_logger()
+
+HEARTBEAT = b": heartbeat\n\n"
+RECONNECT = b": reconnect\n\n"
+"""The last line of a stream that could go on: come back with the last id."""
+OPENING = b"retry: 1000\n\n"
+"""Sends the head at once, and tells browsers how many ms to wait before they come back."""
+STALL_S = 30.0
+"""How long after its end a response may still wait for a client that does not read."""
+
+
+class EventStream(StreamingResponse):
+    """The answer of every streaming call. Always closes `pages`, also when the client is gone.
+
+    One page is in memory at a time and the next is not asked for before the server took this one,
+    so with back-pressure a client that reads nothing costs a page. Proxies between may have none:
+    therefore `stream_max_bytes`. Afterwards readers come back with their cursor.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, pages: AsyncGenerator[Page, None], settings: ServeSettings, *, follow: bool = True
+    ) -> None:
+        self._pages = pages
+        self._max_s = settings.stream_max_s
+        self._body = encoded(pages, settings, follow=follow)
+        super().__init__(self._body, headers={"X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Starlette leaves a generator that was not exhausted to the garbage collector.
+        async with aclosing(self._pages), aclosing(self._body):
+            try:
+                async with asyncio.timeout(self._max_s + STALL_S):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                # Returning in the middle of a response makes the server drop the connection.
+                log.warning("stream_stalled", max_s=self._max_s)
+
+
+async def encoded(
+    pages: AsyncGenerator[Page, None], settings: ServeSettings, *, follow: bool
+) -> AsyncGenerator[bytes, None]:
+    """The pages as SSE. Ends with the pages, or with RECONNECT at a limit."""
+    deadline = asyncio.get_running_loop().time() + settings.stream_max_s
+    room = settings.stream_max_bytes
+    yield OPENING
+    while room > 0:
+        page = await _next(pages, deadline)
+        if page is None:
+            if follow:
+                yield RECONNECT
+            return
+        chunk, whole = _chunk(page, room)
+        room -= len(chunk)
+        yield chunk
+        if page.end and whole:
+            return
+    yield RECONNECT
+
+
+async def _next(pages: AsyncGenerator[Page, None], deadline: float) -> Page | None:
+    """None: time is up, the pages ended, or what makes them failed; the reader finds out which
+    when it comes back, as a problem with its own status: this response has its 200 already."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await anext(pages, None)
+    except TimeoutError:
+        return None
+    except Fault as fault:
+        log.info("stream_ended_early", code=fault.code)
+        return None
+
+
+def _chunk(page: Page, room: int) -> tuple[bytes, bool]:
+    """The frames of a page that begin within `room` bytes, and whether these are all."""
+    if not page.frames:
+        return (b"" if page.end else HEARTBEAT), True
+    parts: list[bytes] = []
+    for frame in page.frames:
+        if room <= 0:
+            return b"".join(parts), False
+        parts.append(event(frame))
+        room -= len(parts[-1])
+    return b"".join(parts), True
+
+
+def event(frame: Frame) -> bytes:
+    text = f"id: {frame.cursor}\nevent: {frame.event}\ndata: {frame.data}\n\n"
+    # A provider may cut a text between two surrogates; escaped, each half is JSON as good as any.
+    return text.encode(errors="backslashreplace")
