@@ -31,7 +31,7 @@ from serve_app.settings import ServeSettings, TroupeSettings, load_settings
 from serve_app.sse_client import Lost, Problem
 
 DOWN_MARGIN_S = 60.0
-"""Over `actors.close_wait_s`: to end the actors, Serve and Ray after the sessions came to rest."""
+"""Over what draining may take: to end Serve and Ray after the sessions came to rest."""
 
 app = typer.Typer(
     name="troupe",
@@ -138,7 +138,8 @@ def down(config: ConfigOption = None) -> None:
         run = _running(file)
         # The lock on the file says that this process is the house: its id is not reused.
         os.kill(run.pid, signal.SIGTERM)
-        limit_s = settings.actors.close_wait_s + DOWN_MARGIN_S
+        actors = settings.actors
+        limit_s = actors.close_wait_s + actors.call_timeout_s + DOWN_MARGIN_S
         with console.status(f"Sessions come to rest; process {run.pid} ends…"):
             ended = file.wait_until_free(limit_s)
         if not ended:

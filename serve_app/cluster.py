@@ -19,11 +19,8 @@ from typing import Any, NamedTuple
 from agent.faults import Fault
 from serve_app.settings import TroupeSettings
 
-NAMESPACE = "troupe"
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Events are small and travel inline; Ray's own default is 30 % of the machine's memory."""
-DRAIN_MARGIN_S = 15.0
-"""Over `actors.close_wait_s`, which sessions get to come to rest: to end the actors and tell of it."""
 
 
 class CannotStart(Fault):
@@ -65,10 +62,10 @@ class Cluster:
     def _start(self, settings: TroupeSettings, ends: ExitStack) -> Running:
         prepare_environment(os.environ)
         # After the environment and late for the same reason.
-        import actors.client
         import ray  # late: see the module
         from ray import serve
 
+        import actors.client
         import serve_app.deployment
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -82,7 +79,7 @@ class Cluster:
         )
         ends.callback(_quietly, serve.shutdown)
         ends.callback(self._drain, settings)
-        asyncio.run(actors.client.start_manager(settings))
+        asyncio.run(actors.client.start_manager(settings.agent, settings.actors))
         serve_app.deployment.deploy(settings)
         return Running(
             url=f"http://{url_host(settings.serve.host)}:{settings.serve.port}",
@@ -95,13 +92,7 @@ class Cluster:
     def _drain(settings: TroupeSettings) -> None:
         import actors.client  # loaded by `_start`
 
-        limit_s = settings.actors.close_wait_s + DRAIN_MARGIN_S
-
-        async def drained() -> None:
-            async with asyncio.timeout(limit_s):
-                await actors.client.drain(settings)
-
-        asyncio.run(drained())
+        asyncio.run(actors.client.drain(settings.actors))
 
     def stop(self) -> None:
         """Sessions come to rest, then actors end, then Serve, then Ray if it is ours.
@@ -129,7 +120,6 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
 def _join_or_start(ray: Any) -> Any:
     options: dict[str, Any] = {
-        "namespace": NAMESPACE,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
