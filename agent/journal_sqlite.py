@@ -310,8 +310,7 @@ def _attempted(db: sqlite3.Connection, write: _Write[Any]) -> object:
         with boundary(JournalFault, "The journal did not take the write."):
             result = write.work(db)
     except Fault as fault:
-        if not db.in_transaction:
-            raise  # SQLite gave the whole transaction up (a full disk)
+        # Where SQLite gave the whole transaction up this fails, and with it the group.
         db.execute("ROLLBACK TO one")
         result = fault
     db.execute("RELEASE one")

@@ -1,6 +1,7 @@
 """What holds for every journal, and what SQLite adds: many processes, a kill at any instant."""
 
 import asyncio
+import sqlite3
 import sys
 import threading
 from datetime import date, timedelta
@@ -228,6 +229,19 @@ async def test_a_list_is_the_owners_newest_first_and_steady_under_new_sessions(
     assert page.next is None
     assert (await journal.rows("nobody", limit=3)) == ((), None)
     assert (await journal.rows("ann", limit=7)).next is None
+
+
+async def test_instants_of_a_session_never_fall(tmp_path: Path) -> None:
+    clock = Clock()
+    on_disk = SqliteJournal(tmp_path / "j", clock=clock)
+    for journal in (MemoryJournal(clock=clock), on_disk):
+        await journal.create(opening("s"))
+        await journal.append("s", 0, [said("x")])
+        clock.now -= timedelta(hours=1)
+        await journal.append("s", 0, [said("y"), said("z")])
+        instants = [record.at for record in await read_all(journal, "s")]
+        assert instants[1] == instants[2] == instants[3] == (await journal.row("s")).updated_at
+    await on_disk.close()
 
 
 async def test_sessions_of_one_instant_are_listed_once_each(tmp_path: Path) -> None:
@@ -510,6 +524,24 @@ async def test_a_store_that_is_full_fails_the_write_and_goes_on_afterwards(tmp_p
         await journal.append(session_id, epoch, [said("x" * 1_000_000)])
     await journal.append(session_id, epoch, [said("small")])
     assert await texts(journal, session_id) == ["small"]
+    await journal.close()
+
+
+async def test_a_fact_that_the_store_refuses_undoes_its_own_append_and_no_other(
+    tmp_path: Path,
+) -> None:
+    journal = SqliteJournal(tmp_path / "journal.sqlite3")
+    session_id, epoch = await begun(journal)
+    await journal._read(lambda db: db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000))
+    answers = await asyncio.gather(
+        journal.append(session_id, epoch, [said("a")]),
+        journal.append(session_id, epoch, [said("b"), said("c" * 20_000), said("d")]),
+        journal.append(session_id, epoch, [said("e")]),
+        return_exceptions=True,
+    )
+    assert [type(answer) for answer in answers] == [tuple, JournalFault, tuple]
+    assert await texts(journal, session_id) == ["a", "e"]
+    assert (await journal.row(session_id)).n_messages == 2
     await journal.close()
 
 
