@@ -59,7 +59,6 @@ CATCH_ALL = {
     "actors/activation.py": "a defect of ours ends the turn; an open turn would hang for ever",
     "actors/desk.py": "a session that cannot leave in order still gives its slot back",
     "actors/gateway.py": "Serve raises anything; it becomes ModelUnavailable",
-    "serve_app/app.py": "the last door: what nobody foresaw becomes problem `internal`",
 }
 """Files that may say `except Exception`, each with its reason."""
 ENDS_A_PROCESS = {"agent/sandbox/warden.py": "a forked child ends in place, whatever happened"}
