@@ -67,7 +67,10 @@ class _Redaction:
         for needles, pattern in _SHAPES:
             if any(needle in text for needle in needles):
                 text = pattern.sub(self._marked, text)
-        return _ASSIGNED.sub(self._assigned, text) if _SENSITIVE.search(text) else text
+        lowered = text.lower()
+        if any(word in lowered for word in _SENSITIVE):
+            text = _ASSIGNED.sub(self._assigned, text)
+        return text
 
     def _marked(self, _: re.Match[str]) -> str:
         self.n_redacted += 1
@@ -124,7 +127,7 @@ _SHAPES = tuple(
         (("://",), r"(?<=://)[^\s:/@\"'$<>{}]{1,100}:[^\s:/@\"'$<>{}]{1,200}(?=@)"),
     )
 )
-_SENSITIVE = re.compile(r"(?i)token|api[_-]?key|secret|password|access[_-]?key")
+_SENSITIVE = ("token", "key", "secret", "password")
 _MAX_NAME = 40
 _ASSIGNED = re.compile(
     r"""(?xi)
