@@ -4,5 +4,6 @@ The demo and the tests of all floors use them; what has a contract here passes i
 """
 
 from agent.testing.model import NamedScripts, Reply, ScriptedModel, scripted_model
+from agent.testing.sandbox import FakeSandbox
 
-__all__ = ["NamedScripts", "Reply", "ScriptedModel", "scripted_model"]
+__all__ = ["FakeSandbox", "NamedScripts", "Reply", "ScriptedModel", "scripted_model"]

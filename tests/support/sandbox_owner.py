@@ -1,0 +1,22 @@
+"""Owns a sandbox until it is killed: `python sandbox_owner.py KIND WORKSPACE MARK`.
+
+Prints a line when its sandbox runs a process named MARK, then waits for ever."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from agent.sandbox.local import open_sandbox
+from agent.spec import SandboxSpec
+
+
+async def main(kind: str, workspace: str, mark: str) -> None:
+    spec = SandboxSpec.model_validate({"kind": kind})
+    sandbox = await open_sandbox(spec, Path(workspace), session_id=mark)
+    await sandbox.exec(f"setsid bash -c 'exec -a {mark} sleep 600' & disown", timeout_s=10)
+    print("ready", flush=True)
+    await sandbox.exec(f"bash -c 'exec -a {mark} sleep 600'", timeout_s=600)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
