@@ -227,8 +227,9 @@ class Activation:
 
     def _kick(self) -> None:
         """Start the turn task if something is owed and nobody is at it."""
-        if self._turn_task is None and not self._leaving and self.context.owed() != Rest():
-            self._turn_task = self._tasks.start(self._advance(), name="turn")
+        if self._turn_task or self._leaving or isinstance(self.context.owed(), Rest):
+            return
+        self._turn_task = self._tasks.start(self._advance(), name="turn")
 
     async def _advance(self) -> None:
         self._report(self.session_id, self.context.epoch, "busy")
@@ -379,7 +380,10 @@ class Activation:
 
     async def write_trajectory(self) -> None:
         records = await read_all(self._kit.journal, self.session_id)
-        made = await asyncio.to_thread(trajectory, records, tools=self.tools.schemas())
+        secrets = [self.user_token] if self.user_token else []
+        made = await asyncio.to_thread(
+            trajectory, records, tools=self.tools.schemas(), secrets=secrets
+        )
         await asyncio.to_thread(write_trajectory, self._kit.trajectory_path(self.session_id), made)
 
     async def end(self, *, deleted: bool = False) -> None:

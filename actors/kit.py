@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +14,9 @@ from agent.journal import Journal
 from agent.model.contract import Model
 from agent.sandbox.contract import Sandbox
 from agent.sandbox.local import open_sandbox
-from agent.settings import AgentSettings
+from agent.settings import AgentSettings, ToolSettings
 from agent.spec import AgentSpec, SandboxSpec
-from agent.tools.contract import Tools
+from agent.tools.contract import Tool, Tools
 
 
 class OpenSandbox(Protocol):
@@ -30,10 +30,12 @@ class Kit:
     agent: AgentSettings
     actors: ActorsSettings
     open_sandbox: OpenSandbox = open_sandbox
+    make_tools: Callable[[ToolSettings], Sequence[Tool]] = standard_tools
     now_s: Callable[[], float] = time.monotonic
 
     def tools(self, spec: AgentSpec) -> Tools:
-        return ToolRouter(standard_tools(self.agent.tools), spec.tools)
+        """The tools that an agent may call; one router per session."""
+        return ToolRouter(self.make_tools(self.agent.tools), spec.tools)
 
     def workspace(self, session_id: str) -> Path:
         return self.agent.storage_dir / "workspaces" / session_id
