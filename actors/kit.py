@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from agent.tools.router import ToolRouter, standard_tools
+from agent.tools.router import ToolRouter
+from agent.tools.standard import standard_tools
 
 from actors.settings import ActorsSettings
 from agent.journal import Journal

@@ -24,7 +24,7 @@ from agent.settings import AgentSettings, ToolSettings
 from agent.spec import AgentSpec, SandboxSpec
 from agent.testing import FakeSandbox, NamedScripts
 from agent.tools.contract import Tool, ToolResult, ToolScope
-from agent.tools.router import standard_tools
+from agent.tools.standard import standard_tools
 from tests.support.reader import Reader
 
 ALICE, BOB = Principal("alice"), Principal("bob")
