@@ -1,4 +1,4 @@
-"""The router: names to tools, JSON to arguments, exceptions to results; and the standard tools."""
+"""The router: names to tools, JSON to arguments, exceptions to results."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -7,11 +7,7 @@ from typing import Any
 import structlog
 from pydantic import ValidationError
 
-from agent.settings import ToolSettings
 from agent.tools.contract import Tool, ToolResult, ToolScope
-from agent.tools.files import Edit, Read, Write
-from agent.tools.plan import Plan
-from agent.tools.shell import Bash
 
 log = structlog.get_logger(__name__)
 
@@ -19,11 +15,6 @@ MAX_RESULT_CHARS = 100_000
 """Of one result: a tool that forgot to bound itself must not fill the model's window."""
 _MAX_PROBLEMS = 8
 _MAX_ERROR_CHARS = 2000
-
-
-def standard_tools(settings: ToolSettings) -> list[Tool]:
-    """The tools that every agent may have."""
-    return [Bash(settings), Read(settings), Write(), Edit(), Plan()]
 
 
 class ToolRouter:
