@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from agent.faults import Fault
-from serve_app.settings import TroupeSettings
+from serve_app.settings import TroupeSettings, with_absolute_paths
 
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Events are small and travel inline; Ray's own default is 30 % of the machine's memory."""
@@ -53,7 +53,7 @@ class Cluster:
             SettingsInvalid
         """
         port = free_port(self._settings.serve.host, self._settings.serve.port)
-        settings = with_port(self._settings, port)
+        settings = with_absolute_paths(with_port(self._settings, port))
         with ExitStack() as ends:
             running = self._start(settings, ends)
             self._ends = ends.pop_all()

@@ -53,3 +53,19 @@ def load_settings(files: Sequence[Path] = ()) -> TroupeSettings:
         SettingsInvalid: names the file or the key, and what is wrong.
     """
     return load(TroupeSettings, files)
+
+
+def with_absolute_paths(settings: TroupeSettings) -> TroupeSettings:
+    """Files mean the same to every process of the cluster."""
+    agent = settings.agent.model_copy(
+        update={
+            "storage_dir": settings.agent.storage_dir.resolve(),
+            "agents_dir": _resolved(settings.agent.agents_dir),
+        }
+    )
+    edge = settings.serve.model_copy(update={"keys_file": settings.serve.keys_file.resolve()})
+    return settings.model_copy(update={"agent": agent, "serve": edge})
+
+
+def _resolved(path: Path | None) -> Path | None:
+    return path.resolve() if path else None

@@ -1,0 +1,64 @@
+"""R. The edge as a Ray Serve deployment: the app inside each replica, connected to the cluster.
+
+Replicas hold no state: any number of them works. Paths in the settings are absolute by now, since a
+replica's working directory is not the operator's.
+"""
+
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from actors.client import connect
+from actors.gateway import APP as GATEWAY_APP
+from actors.gateway import gateway_app
+from agent.agents import load_agents
+from serve_app.app import create_app
+from serve_app.settings import TroupeSettings
+
+APP = "troupe"
+MAX_ONGOING = 10_000
+"""Requests on one replica at once. An open event stream holds one; Serve's own limit is 5."""
+SHUTDOWN_WAIT_S = 5.0
+"""For streams that are open when a replica ends; their readers come back with their cursors."""
+
+
+class Edge:
+    """The ASGI application, made when its replica's lifespan begins."""
+
+    def __init__(self, settings: TroupeSettings) -> None:
+        self._settings = settings
+        self._app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            sessions = await connect(self._settings.agent, self._settings.actors)
+            self._app = create_app(sessions, self._settings.serve)
+        await self._app(scope, receive, send)
+
+
+def deploy(settings: TroupeSettings) -> None:
+    """Have gateway and edge running when this returns. Blocking, for a driver.
+
+    Raises:
+        RuntimeError: Serve says why a deployment did not start.
+    """
+    model = default_model(settings)
+    serve.run(gateway_app(settings.agent.model, model), name=GATEWAY_APP, route_prefix=None)
+    # Typed as a function by Ray, whose decorator takes classes too.
+    ingress: Any = serve.ingress(lambda: Edge(settings))
+    edge: Any = serve.deployment(
+        ingress(),
+        name="edge",
+        max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=SHUTDOWN_WAIT_S,
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
+    )
+    serve.run(edge.bind(), name=APP, route_prefix="/")
+
+
+def default_model(settings: TroupeSettings) -> str:
+    """What a session gets that names neither a model nor an agent."""
+    agents = load_agents([settings.agent.agents_dir] if settings.agent.agents_dir else [])
+    return settings.agent.default_model or agents[settings.agent.default_agent].model
