@@ -59,12 +59,13 @@ class Screen:
         self._shown[part] = max(shown, offset + len(text))
         while len(self._shown) > MAX_PARTS:
             del self._shown[next(iter(self._shown))]
-        self._console.print(
-            printable(fresh), end="", style=style, markup=False, highlight=False, emoji=False
-        )
+        # `print` would count tab stops from the piece's beginning and not from the line's.
+        self._console.out(printable(fresh), end="", style=style, highlight=False)
         self._at_line_start = fresh.endswith("\n")
 
     def _fact(self, kind: str, data: dict[str, Any]) -> None:
+        if kind == "turn_ended" and self._every_fact:
+            self._aside(kind, data)
         match kind:
             case "assistant_message":
                 self._stream(f"text {data['part_id']}", 0, data["text"])
@@ -88,14 +89,18 @@ class Screen:
             case "compaction_failed" | "turn_ended":
                 self._ended(kind, data)
             case _ if self._every_fact:
-                self.say(f"[dim]{data['seq']:>4} {kind} {quoted(aside(data))}[/]")
+                self._aside(kind, data)
             case _:
                 pass
+
+    def _aside(self, kind: str, data: dict[str, Any]) -> None:
+        self.say(f"[dim]{data['seq']:>4} {kind} {quoted(aside(data))}[/]")
 
     def _finished(self, data: dict[str, Any]) -> None:
         mark = MARKS.get(data["outcome"], "[red]?[/]")
         seen = self._shown.get(f"tool {data['tool_call_id']}", 0)
-        result = "" if seen else quoted(shortened(data["text"], MAX_RESULT_CHARS))
+        told = seen or data["tool"] == "plan"  # whose fact was shown
+        result = "" if told else quoted(shortened(data["text"], MAX_RESULT_CHARS))
         took = f"[dim]{quoted(data['tool'])} {data['outcome']}, {data['duration_ms']} ms[/]"
         self.say(f"{mark} {took}" + (f"\n[dim]{result}[/]" if result else ""))
 
@@ -125,9 +130,12 @@ def quoted(text: str) -> str:
     return escape(printable(text))
 
 
+UNTOLD = {"type", "seq", "at", "message_id"}
+
+
 def aside(data: dict[str, Any]) -> str:
     """The short fields of a fact, for those that get no words of their own."""
-    fields = {name: value for name, value in data.items() if name not in {"seq", "at", "type"}}
+    fields = {name: value for name, value in data.items() if name not in UNTOLD}
     brief = [f"{name}={value}" for name, value in fields.items() if value not in (None, "", {}, 0)]
     return shortened(" ".join(brief), MAX_ARGUMENT_CHARS)
 
