@@ -1,0 +1,262 @@
+"""The model gateway on real Ray: a session's end in an actor, the model behind Serve."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from actors.gateway import (
+    APP,
+    BUFFER_ITEMS,
+    DEPLOYMENT,
+    GatewayModel,
+    ModelGateway,
+    gateway_app,
+    joined,
+)
+from agent.faults import (
+    ModelAuth,
+    ModelFault,
+    ModelRateLimited,
+    ModelTimeout,
+    ModelUnavailable,
+)
+from agent.model.contract import Completion, ModelRequest, ReasoningChunk, TextChunk
+from agent.settings import ModelSettings
+from agent.testing import NamedScripts, Reply, ScriptedModel
+from tests.support.openai_server import Mark, OpenAIServer, Refuse, Stream, words
+
+pytestmark = pytest.mark.timeout(120)
+WAIT_S = 5
+PROVIDER_MODEL = "hosted_vllm/test"
+"""Speaks OpenAI's protocol and needs no key in the replica's environment."""
+
+
+def puppet(script: str) -> ModelRequest:
+    return ModelRequest("scripted/puppet", [{"role": "user", "content": script}])
+
+
+# Without Ray
+
+
+def test_importing_the_gateway_does_not_load_litellm() -> None:
+    probe = "import sys, actors.gateway; sys.exit('litellm' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", probe], timeout=60, check=False)
+    assert ran.returncode == 0
+
+
+def test_neighbours_of_one_kind_are_joined() -> None:
+    end = Completion("abc", (), "stop", None, None)
+    items = [ReasoningChunk("x"), TextChunk("a"), TextChunk("b"), ReasoningChunk("y"), end]
+    assert joined(items) == (ReasoningChunk("x"), TextChunk("ab"), ReasoningChunk("y"), end)
+    assert joined([]) == ()
+
+
+async def batches(gateway: ModelGateway, request: ModelRequest) -> list[tuple[Any, ...]]:
+    async with aclosing(gateway.chunks(request)) as stream:
+        return [batch async for batch in stream]
+
+
+class Burst(NamedScripts):
+    """Never waits: a provider whose chunks came in one packet."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self._n = n
+        self.n_sent = 0
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[TextChunk]:  # type: ignore[override]
+        while self.n_sent < self._n:
+            self.n_sent += 1
+            yield TextChunk("x")
+
+
+async def test_what_is_ready_together_travels_together() -> None:
+    got = await batches(ModelGateway(Burst(100)), puppet(""))
+    assert [item for batch in got for item in batch] == [TextChunk("x" * 100)]
+
+
+async def test_a_slow_session_holds_the_provider_back() -> None:
+    burst = Burst(10_000)
+    async with aclosing(ModelGateway(burst).chunks(puppet(""))) as stream:
+        await anext(stream)
+        assert burst.n_sent <= 2 * BUFFER_ITEMS
+
+
+async def test_a_silent_call_shows_that_it_lives() -> None:
+    gateway = ModelGateway(NamedScripts(), heartbeat_s=0.01)
+    async with aclosing(gateway.chunks(puppet("- {hang: true}"))) as stream:
+        assert await anext(stream) == ()
+        assert await anext(stream) == ()
+
+
+async def test_a_fault_comes_after_all_that_was_said_and_without_its_cause() -> None:
+    fault = ModelAuth("no")
+    fault.__cause__ = ValueError("the provider's words")
+    gateway = ModelGateway(ScriptedModel([Reply("abc", chunks=3, fault=fault)]))
+    async with aclosing(gateway.chunks(puppet(""))) as stream:
+        seen = ""
+        while len(seen) < 3:
+            seen += "".join(item.text for item in await anext(stream))
+        with pytest.raises(ModelAuth) as caught:
+            _ = [batch async for batch in stream]
+    assert seen == "abc"
+    assert caught.value.__cause__ is None
+
+
+# On Ray
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(ray_cluster: object, provider: OpenAIServer) -> Iterator[None]:
+    prices = {PROVIDER_MODEL: {"input_usd_per_mtok": 1, "output_usd_per_mtok": 2}}
+    settings = ModelSettings.model_validate(
+        {"api_base": provider.url, "max_retries": 1, "retry_base_s": 0.01, "prices": prices}
+    )
+    serve.run(gateway_app(settings, "scripted/demo"), name=APP, route_prefix=None)
+    yield
+    serve.delete(APP)
+
+
+@ray.remote(num_cpus=0)
+class Session:
+    """The place of a session actor: one loop, a GatewayModel."""
+
+    def __init__(self) -> None:
+        self._model = GatewayModel()
+        self._reading: asyncio.Task[Any] | None = None
+
+    async def asked(self, request: ModelRequest) -> list[Any]:
+        async with aclosing(self._model.stream(request)) as stream:
+            return [item async for item in stream]
+
+    async def fault(self, request: ModelRequest) -> tuple[str, str, dict[str, Any]]:
+        try:
+            await self.asked(request)
+        except ModelFault as fault:
+            return type(fault).__name__, fault.detail, fault.fields
+        return "none", "", {}
+
+    async def began(self, request: ModelRequest) -> str:
+        """Read the first chunk, and go on reading in a task."""
+        stream = self._model.stream(request)
+        first = await anext(stream)
+        self._reading = asyncio.create_task(self._rest(stream))
+        return first.text
+
+    async def _rest(self, stream: Any) -> str:
+        try:
+            async with aclosing(stream):
+                return "".join([item.text async for item in stream])
+        except ModelFault as fault:
+            return type(fault).__name__
+
+    async def cancelled(self) -> bool:
+        assert self._reading
+        self._reading.cancel()
+        await asyncio.wait({self._reading})
+        return self._reading.cancelled()
+
+    async def ended(self) -> str:
+        assert self._reading
+        return await self._reading
+
+    async def card(self, model: str) -> Any:
+        return await self._model.card(model)
+
+
+@pytest.fixture(scope="module")
+def session(gateway: None) -> Any:
+    return Session.remote()
+
+
+def got(reference: Any) -> Any:
+    return ray.get(reference, timeout=60)
+
+
+def test_a_session_streams_a_scripted_model_through_the_gateway(session: Any) -> None:
+    *chunks, last = got(session.asked.remote(puppet("- {say: hello world, chunks: 4}")))
+    assert "".join(chunk.text for chunk in chunks) == "hello world"
+    assert (last.text, last.finish_reason, last.cost_usd) == ("hello world", "stop", 0.0)
+
+
+def test_a_session_reaches_a_provider_through_the_gateway(
+    session: Any, provider: OpenAIServer
+) -> None:
+    provider.script(Refuse(503))
+    request = ModelRequest(PROVIDER_MODEL, [{"role": "user", "content": "hi"}])
+    last = got(session.asked.remote(request))[-1]
+    assert (last.text, last.n_retries) == ("hello", 1)
+    assert last.cost_usd == pytest.approx((7 * 1 + 5 * 2) / 1e6)
+
+
+@pytest.mark.parametrize("kind", [ModelUnavailable, ModelTimeout, ModelAuth, ModelRateLimited])
+def test_a_fault_arrives_as_itself(session: Any, kind: type[ModelFault]) -> None:
+    name, detail, _ = got(session.fault.remote(puppet(f"- {{say: a, fault: {kind.code}}}")))
+    assert (name, detail) == (kind.__name__, "The script says that this call fails.")
+
+
+def test_a_fault_keeps_its_fields(session: Any, provider: OpenAIServer) -> None:
+    provider.script(Refuse(429, headers={"Retry-After": "700"}))
+    request = ModelRequest(PROVIDER_MODEL, [{"role": "user", "content": "hi"}])
+    name, _, fields = got(session.fault.remote(request))
+    assert (name, fields) == ("ModelRateLimited", {"retry_after_s": 700.0})
+
+
+def test_cancelling_in_the_session_closes_the_providers_connection(
+    session: Any, provider: OpenAIServer
+) -> None:
+    provider.script(Stream([*words("a"), Mark.STALL]))
+    request = ModelRequest(PROVIDER_MODEL, [{"role": "user", "content": "hi"}])
+    assert got(session.began.remote(request)) == "a"
+    assert got(session.cancelled.remote())
+    assert provider.requests[-1].left.wait(WAIT_S)
+
+
+def test_many_streams_are_open_at_once(session: Any) -> None:
+    request = puppet("- {say: abcdefghij, chunks: 10, delay_s: 0.05}")
+    answers = got([session.asked.remote(request) for _ in range(50)])
+    assert {answer[-1].text for answer in answers} == {"abcdefghij"}
+
+
+def test_a_card_comes_from_the_gateway(session: Any) -> None:
+    assert got(session.card.remote("scripted/demo")).window_tokens == 128_000
+
+
+def test_a_killed_replica_is_unavailable_and_the_next_call_works(session: Any) -> None:
+    assert got(session.began.remote(puppet("- {say: a, hang: true}"))) == "a"
+    [replica] = [
+        actor
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == "serve" and f"{APP}#{DEPLOYMENT}" in actor["name"]
+    ]
+    ray.kill(ray.get_actor(replica["name"], namespace="serve"))
+    assert got(session.ended.remote()) == "ModelUnavailable"
+    # Serve starts another replica by itself.
+    deadline = time.monotonic() + 60
+    while got(session.fault.remote(puppet("- {say: b}")))[0] != "none":
+        assert time.monotonic() < deadline
+    assert got(session.asked.remote(puppet("- {say: b}")))[-1].text == "b"
+
+
+def test_without_a_gateway_a_model_is_unavailable(gateway: None) -> None:
+    async def asked() -> None:
+        model = GatewayModel(app_name="troupe-nowhere")
+        async with aclosing(model.stream(puppet("- {say: a}"))) as stream:
+            await anext(stream)
+
+    with pytest.raises(ModelUnavailable):
+        asyncio.run(asked())
