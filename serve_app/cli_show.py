@@ -64,8 +64,6 @@ class Screen:
         self._at_line_start = fresh.endswith("\n")
 
     def _fact(self, kind: str, data: dict[str, Any]) -> None:
-        if kind == "turn_ended" and self._every_fact:
-            self._aside(kind, data)
         match kind:
             case "assistant_message":
                 self._stream(f"text {data['part_id']}", 0, data["text"])
@@ -106,6 +104,8 @@ class Screen:
 
     def _ended(self, kind: str, data: dict[str, Any]) -> None:
         if data.get("reason") in {"done", "approval"}:
+            if self._every_fact:
+                self._aside(kind, data)
             return
         what = "compaction" if kind == "compaction_failed" else f"turn {data['reason']}"
         detail = data.get("detail") or data.get("code") or ""
