@@ -31,8 +31,8 @@ from actors.protocol import (
     Principal,
     Unavailable,
 )
-from agent.events import SessionOpened
-from agent.faults import NoSuchSession
+from agent.events import Fact, SessionOpened
+from agent.faults import NoSuchSession, SessionExists
 from agent.journal import SessionRow
 from agent.spec import AgentSpec
 
@@ -146,7 +146,7 @@ class Desk:
                 return row
             lease = await self._slot(session_id, who.user_id)
             with self.ledger.returned_on_failure(lease):
-                await self._kit.journal.create(opened, *seeds)
+                await self._create(opened, *seeds)
                 self._remember(session_id, command.user_token)
                 await self._place(lease)
             return await self._kit.journal.row(session_id)
@@ -169,6 +169,12 @@ class Desk:
             spec=spec,
             message_id=key,
         )
+
+    async def _create(self, opened: SessionOpened, *more: Fact) -> None:
+        try:
+            await self._kit.journal.create(opened, *more)
+        except SessionExists:
+            raise Conflict("The session that this key opened was deleted.") from None
 
     async def _row_or_none(self, session_id: str) -> SessionRow | None:
         try:

@@ -5,6 +5,7 @@ gets a `message_id`, so asking again is safe even when a host died after it had 
 Reads of rows, messages and trajectories come from the journal; they wake nobody.
 """
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterable
@@ -216,7 +217,8 @@ class RoutedSessions:
     async def trajectory(self, who: Principal, session_id: str) -> dict[str, Any]:
         await self._owned(who, session_id)
         records = await read_all(self._journal, session_id)
-        return trajectory(records, tools=self._kit.tools(records[0].fact.spec).schemas())
+        tools = self._kit.tools(records[0].fact.spec).schemas()
+        return await asyncio.to_thread(trajectory, records, tools=tools)
 
     async def capacity(self, who: Principal) -> CapacityView:
         return await self._desk.capacity(who)

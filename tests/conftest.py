@@ -1,0 +1,56 @@
+"""One real cluster for the whole run: Ray, Serve, manager, gateway and edge, as `troupe up` starts them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from actors.settings import ActorsSettings
+from agent.settings import AgentSettings
+from serve_app.auth import new_key
+from serve_app.cluster import Cluster
+from serve_app.settings import ServeSettings, TroupeSettings
+from tests.support.house import AGENTS
+
+# Ray reads it when it is imported; a worker that went through `uv run` would start twice.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
+USERS = ("alice", "bob", "carol", "dave", "erin")
+SMALL = ActorsSettings(max_sessions=5, max_sessions_per_user=3, page_wait_s=0.2, close_wait_s=2.0)
+"""The limits that the sessions contract is written for."""
+
+
+class House(NamedTuple):
+    url: str
+    settings: TroupeSettings
+    keys: dict[str, str]
+    """The bearer key of each user."""
+
+
+def house_settings(
+    storage_dir: Path, *, actors: ActorsSettings = SMALL
+) -> tuple[TroupeSettings, dict[str, str]]:
+    """Settings for a house with keys, and the keys."""
+    keys = {user: new_key(user) for user in USERS}
+    keys_file = storage_dir / "keys.yaml"
+    keys_file.write_text(yaml.safe_dump({"keys": [k.entry.model_dump() for k in keys.values()]}))
+    settings = TroupeSettings(
+        agent=AgentSettings(storage_dir=storage_dir, agents_dir=AGENTS, default_agent="tester"),
+        actors=actors,
+        serve=ServeSettings(port=0, keys_file=keys_file),
+    )
+    return settings, {user: key.token for user, key in keys.items()}
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    settings, keys = house_settings(tmp_path_factory.mktemp("house"))
+    cluster = Cluster(settings)
+    running = cluster.start()
+    try:
+        yield House(running.url, settings, keys)
+    finally:
+        cluster.stop()
