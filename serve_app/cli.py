@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from agent.faults import Fault, SettingsInvalid
 from serve_app.cli_chat import chat as chat_in
@@ -27,7 +27,7 @@ from serve_app.cli_models import SCRIPTED, choose
 from serve_app.cli_run import Run, RunFile
 from serve_app.cli_show import quoted
 from serve_app.cluster import Cluster, Running
-from serve_app.settings import ServeSettings, TroupeSettings, load_settings
+from serve_app.settings import ServeSettings, TroupeSettings, load_settings, with_absolute_paths
 from serve_app.sse_client import Lost, Problem
 
 DOWN_MARGIN_S = 60.0
@@ -160,7 +160,14 @@ def status(url: UrlOption = None, key: KeyOption = None, config: ConfigOption = 
             f"Sessions live: {capacity['live']} of {capacity['limit']},"
             f" yours {user['live']} of {user['limit']}, warm actors {capacity['warm']}"
         )
-        table = Table("session", "status", "model", "messages", "USD", "title")
+        table = Table(
+            Column("session", no_wrap=True, min_width=32),
+            "status",
+            "model",
+            "messages",
+            "USD",
+            "title",
+        )
         for one in troupe.get("/v1/sessions", limit=20)["data"]:
             table.add_row(
                 one["session_id"],
@@ -261,7 +268,7 @@ def demo(
 
 
 def _settings(files: list[Path] | None, **options: Any) -> TroupeSettings:
-    """The settings with the options over them. Paths are absolute: Ray's workers run elsewhere.
+    """The settings with the options over them, and absolute paths.
 
     Raises:
         SettingsInvalid
@@ -269,16 +276,13 @@ def _settings(files: list[Path] | None, **options: Any) -> TroupeSettings:
     serve = {k: v for k, v in options.items() if v is not None and k != "storage_dir"}
     loaded = load_settings(files or ())
     storage_dir: Path = options.get("storage_dir") or loaded.agent.storage_dir
-    keys_file = loaded.serve.keys_file
     try:
-        checked = ServeSettings.model_validate(
-            loaded.serve.model_dump() | {"keys_file": keys_file.resolve()} | serve
-        )
+        checked = ServeSettings.model_validate(loaded.serve.model_dump() | serve)
     except ValidationError as cause:
         problems = "; ".join(error["msg"] for error in cause.errors(include_url=False))
         raise SettingsInvalid(problems) from cause
-    agent = loaded.agent.model_copy(update={"storage_dir": storage_dir.resolve()})
-    return loaded.model_copy(update={"agent": agent, "serve": checked})
+    agent = loaded.agent.model_copy(update={"storage_dir": storage_dir})
+    return with_absolute_paths(loaded.model_copy(update={"agent": agent, "serve": checked}))
 
 
 def _with_model(settings: TroupeSettings, model: str) -> TroupeSettings:

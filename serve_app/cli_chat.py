@@ -46,8 +46,9 @@ class Chat:
         self._ask = ask
         self._closed = session["status"] == "closed"
 
-    def run(self, *, running: bool = False) -> None:
-        """`running`: a turn runs already, somebody else's or from before; it is watched first.
+    def run(self, *, running: bool = False) -> bool:
+        """Whether the session can be taken up again. `running`: a turn runs already, somebody else's
+        or from before; it is watched first.
 
         Raises:
             Lost, httpx.TransportError: the server is gone.
@@ -60,6 +61,7 @@ class Chat:
                 self._guarded(lambda: self._line(self._prompt()))
         except (Left, EOFError, KeyboardInterrupt):
             self._screen.end_line()
+        return not self._closed
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """A refusal is news for the person, not the end of the program."""
@@ -200,12 +202,13 @@ def chat(troupe: Troupe, console: Console, *, session_id: str | None, model: str
                 troupe.command(session_id, "model", model=model)
         console.print(f"[dim]session {session['session_id']}, model {model or session['model']}[/]")
         console.print("[dim]/help for help, Ctrl-D to leave[/]")
-        Chat(troupe, session, console).run(running=session["status"] == "running")
+        open_still = Chat(troupe, session, console).run(running=session["status"] == "running")
     except Problem as problem:
         console.print(f"[red]{quoted(problem.code)}[/] {quoted(problem.detail)}")
         return 1
     except (Lost, httpx.TransportError):
         console.print(f"[red]No answer from {troupe.http.base_url}.[/] Is it running?")
         return 1
-    console.print(f"[dim]come back with: troupe chat --session {session['session_id']}[/]")
+    if open_still:
+        console.print(f"[dim]come back with: troupe chat --session {session['session_id']}[/]")
     return 0

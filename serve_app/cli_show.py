@@ -59,7 +59,6 @@ class Screen:
         self._shown[part] = max(shown, offset + len(text))
         while len(self._shown) > MAX_PARTS:
             del self._shown[next(iter(self._shown))]
-        # `print` would count tab stops from the piece's beginning and not from the line's.
         self._console.out(printable(fresh), end="", style=style, highlight=False)
         self._at_line_start = fresh.endswith("\n")
 
@@ -115,13 +114,14 @@ class Screen:
 CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}"
     for code in (*range(32), *range(127, 160))
-    if chr(code) not in "\n\t"
-}
+    if chr(code) != "\n"
+} | {ord("\t"): "    "}
 
 
 def printable(text: str) -> str:
     """Without what would move the cursor, set the clipboard, or otherwise drive the terminal: the
-    text was written by a model or a program that it ran."""
+    text was written by a model or a program that it ran. Tab stops would be counted from where a
+    piece of the stream begins, so a tab is four spaces."""
     return text.translate(CONTROLS)
 
 
