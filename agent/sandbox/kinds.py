@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,6 @@ _ETC = (
 _ETC_NETWORK = ("hosts", "resolv.conf")
 
 
-def choose_kind(spec: SandboxSpec) -> str:
-    """The kind that `spec` gets on this machine. Blocks for some milliseconds the first time.
-
-    Raises:
-        SandboxUnavailable: it cannot be had here; the sentence says what to install.
-    """
-    if spec.kind == "process":
-        return "process"
-    if spec.kind in {"auto", "bwrap"} and bwrap_works():
-        return "bwrap"
-    if spec.kind in {"auto", "sandlock"} and sandlock_works():
-        return "sandlock"
-    reasons = {
-        "bwrap": "bwrap (the system's package bubblewrap) is not installed or may not make namespaces",
-        "sandlock": f"sandlock needs a kernel with Landlock ABI {_LANDLOCK_ABI} and the Python package sandlock",
-    }
-    why = reasons.get(spec.kind) or " and ".join(reasons.values())
-    raise SandboxUnavailable(f"No sandbox can be opened on this machine: {why}.", kind=spec.kind)
-
-
 @cache
 def bwrap_works() -> bool:
     program = shutil.which("bwrap", path=_PATH)
@@ -72,6 +53,31 @@ def sandlock_works() -> bool:
     # Asked of the kernel, not of the package: its library is 12 MB that stays out of our process.
     version = ctypes.CDLL(None).syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, 1)
     return version >= _LANDLOCK_ABI and importlib.util.find_spec("sandlock") is not None
+
+
+def choose_kind(
+    spec: SandboxSpec,
+    *,
+    bwrap: Callable[[], bool] = bwrap_works,
+    sandlock: Callable[[], bool] = sandlock_works,
+) -> str:
+    """The kind that `spec` gets on this machine. Blocks for some milliseconds the first time.
+
+    Raises:
+        SandboxUnavailable: it cannot be had here; the sentence says what to install.
+    """
+    if spec.kind == "process":
+        return "process"
+    if spec.kind in {"auto", "bwrap"} and bwrap():
+        return "bwrap"
+    if spec.kind in {"auto", "sandlock"} and sandlock():
+        return "sandlock"
+    reasons = {
+        "bwrap": "bwrap (the system's package bubblewrap) is not installed or may not make namespaces",
+        "sandlock": f"sandlock needs a kernel with Landlock ABI {_LANDLOCK_ABI} and the Python package sandlock",
+    }
+    why = reasons.get(spec.kind) or " and ".join(reasons.values())
+    raise SandboxUnavailable(f"No sandbox can be opened on this machine: {why}.", kind=spec.kind)
 
 
 def launch(kind: str, spec: SandboxSpec, workspace: Path, session_id: str) -> Launch:

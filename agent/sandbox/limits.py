@@ -9,6 +9,7 @@ from typing import NamedTuple
 from agent.spec import SandboxSpec
 
 CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 _FIRST_UID = 200_000
 """Above the users of a machine and the usual subuid ranges' begin; below 2**31."""
 
@@ -37,25 +38,25 @@ class Cgroup(NamedTuple):
     files: dict[str, str]
 
 
-def cgroups(spec: SandboxSpec, root: Path = CGROUPS) -> tuple[Cgroup, ...]:
+def cgroups(
+    spec: SandboxSpec, root: Path = CGROUPS, membership: Path = MEMBERSHIP
+) -> tuple[Cgroup, ...]:
     """What to make for a sandbox; empty: no cgroup can be made here, use resource limits."""
-    version, parents = usable_cgroups(root)
+    version, parents = usable_cgroups(root, membership)
+    memory, pids = str(spec.memory_bytes), str(spec.max_processes)
     if version == 2:
-        files = {"memory.max": str(spec.memory_bytes), "pids.max": str(spec.max_processes)}
-        if (parents[0] / "memory.swap.max").exists() or (parents[0] / "cgroup.type").exists():
-            files["memory.swap.max"] = "0"
+        files = {"memory.max": memory, "memory.swap.max": "0", "pids.max": pids}
         return (Cgroup(parents[0], files),)
     if version == 1:
-        return (
-            Cgroup(parents[0], {"memory.limit_in_bytes": str(spec.memory_bytes)}),
-            Cgroup(parents[1], {"pids.max": str(spec.max_processes)}),
-        )
+        # The limit with swap may not be under the one without, so it comes second.
+        files = {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}
+        return (Cgroup(parents[0], files), Cgroup(parents[1], {"pids.max": pids}))
     return ()
 
 
 @cache
 def usable_cgroups(
-    root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")
+    root: Path = CGROUPS, membership: Path = MEMBERSHIP
 ) -> tuple[int, tuple[Path, ...]]:
     """The version (0: none) and the directories below which we may make cgroups.
 

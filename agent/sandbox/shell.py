@@ -91,7 +91,7 @@ class Shell:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 pass_fds=(read_end,),
-                env={},
+                env={"HOME": "/"},  # of a uid without a name Python would not find one
                 cwd="/",
                 start_new_session=True,  # a Ctrl-C at our terminal is not for the sandbox
                 limit=_CHUNK_BYTES,

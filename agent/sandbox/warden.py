@@ -63,7 +63,9 @@ def main() -> int:
             _sweep(path.parent)
             path.mkdir()
             for name, value in group["files"].items():
-                (path / name).write_text(value)
+                # A kernel that does not account for swap has no file for it.
+                if "sw" not in name or (path / name).exists():
+                    (path / name).write_text(value)
         first = os.fork()
         if first == 0:
             _become_the_sandbox(plan, cgroups)
@@ -180,6 +182,8 @@ def _become_the_sandbox(plan: dict[str, Any], cgroups: list[Path]) -> NoReturn:
         # Imported as we are: the session's uid may not be allowed to read our interpreter.
         module = _import_sandlock(sandlock["site"]) if sandlock else None
         workspace = _mounted(plan)
+        if sandlock or plan["uid"] is not None:
+            _drop_capabilities()
         _drop_to(plan["uid"])
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it clears this
         if sandlock and workspace == _MOUNT_POINT:
@@ -238,12 +242,16 @@ def _own_mounts() -> None:
     _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
 
 
+def _drop_capabilities() -> None:
+    """Nothing that is executed from here on has one, as root of a container neither."""
+    for capability in range(64):
+        with suppress(OSError):  # the kernel has fewer (EINVAL), or we have none to drop (EPERM)
+            _prctl(_PR_CAPBSET_DROP, capability)
+
+
 def _drop_to(uid: int | None) -> None:
     if uid is None:
         return
-    for capability in range(64):
-        with suppress(OSError):  # EINVAL: the kernel has fewer
-            _prctl(_PR_CAPBSET_DROP, capability)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

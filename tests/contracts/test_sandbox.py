@@ -15,14 +15,17 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+import structlog
+import structlog.testing
 
 from agent.faults import SandboxUnavailable, WorkspaceRefused
 from agent.sandbox.contract import ExecResult, Sandbox
+from agent.sandbox.limits import session_uid
 from agent.sandbox.local import choose_kind, open_sandbox
 from agent.spec import SandboxSpec
 from agent.testing import FakeSandbox
 from tests.support import sandbox_owner
-from tests.support.sandboxes import need, processes, session_cgroups, until
+from tests.support.sandboxes import children, need, processes, session_cgroups, until
 
 ISOLATING = ("bwrap", "sandlock")
 RUNNING = (*ISOLATING, "process")
@@ -329,7 +332,7 @@ async def test_a_sandbox_dies_with_its_owner(kind: str, workspace: Path) -> None
     owner = await asyncio.create_subprocess_exec(
         sys.executable, sandbox_owner.__file__, kind, str(workspace), mark,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(sandbox_owner.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert owner.stdout is not None
     try:
@@ -340,6 +343,22 @@ async def test_a_sandbox_dies_with_its_owner(kind: str, workspace: Path) -> None
         await owner.communicate()
     await until(lambda: processes(mark) == [])
     await until(lambda: session_cgroups() <= before)
+
+
+@isolating
+async def test_a_sandbox_dies_with_its_warden(box: Sandbox) -> None:
+    """Whoever kills all our children, as a cluster does, kills the warden first."""
+    mark = f"mark-{secrets.token_hex(6)}"
+    begun = asyncio.Event()
+    command = run(box, f"echo b; {STUBBORN.format(mark)}", 60, on_output=lambda _: begun.set())
+    task = asyncio.create_task(command)
+    await asyncio.wait_for(begun.wait(), 10)
+    await until(lambda: len(processes(mark)) >= 4)
+    (warden,) = children("warden.py")
+    os.kill(warden, signal.SIGKILL)
+    assert (await task).exit_code != 0
+    await until(lambda: processes(mark) == [])
+    assert await says(box, "echo alive") == "alive"
 
 
 # --- bombs ---------------------------------------------------------------------------------------
@@ -396,7 +415,7 @@ async def test_tmp_is_private_and_bounded(box: Sandbox) -> None:
 
 
 def _there(*paths: Path) -> list[Path]:
-    return [path for path in paths if path.exists()]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def _home() -> Path:
@@ -572,7 +591,7 @@ def short_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @isolating
 async def test_files_belong_to_a_uid_of_the_session(box: Sandbox, workspace: Path) -> None:
-    if os.geteuid() != 0:
+    if session_uid("any") is None:
         pytest.skip("ONLY ROOT CAN GIVE A SESSION ITS OWN UID: this did not run")
     await run(box, "echo x > by-command")
     await box.write_file("new/dir/by-call", b"x")
@@ -721,9 +740,22 @@ async def test_a_reader_never_sees_half_a_file(box: Sandbox) -> None:
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def test_auto_takes_a_kind_that_isolates() -> None:
-    assert choose_kind(SandboxSpec()) in ISOLATING
-    assert choose_kind(SandboxSpec(kind="process")) == "process"
+def test_auto_takes_bwrap_then_sandlock_then_refuses_and_names_both() -> None:
+    def there() -> bool:
+        return True
+
+    def missing() -> bool:
+        return False
+
+    auto = SandboxSpec()
+    assert choose_kind(auto, bwrap=there, sandlock=there) == "bwrap"
+    assert choose_kind(auto, bwrap=missing, sandlock=there) == "sandlock"
+    with pytest.raises(SandboxUnavailable, match=r"bwrap.*sandlock"):
+        choose_kind(auto, bwrap=missing, sandlock=missing)
+    for kind in ISOLATING:
+        with pytest.raises(SandboxUnavailable, match=kind):
+            choose_kind(SandboxSpec(kind=kind), bwrap=missing, sandlock=missing)
+    assert choose_kind(SandboxSpec(kind="process"), bwrap=missing, sandlock=missing) == "process"
 
 
 @running
@@ -733,3 +765,12 @@ async def test_a_session_comes_back_to_its_workspace(kind: str, workspace: Path)
         box = await open_sandbox(spec(kind), workspace, session_id="same")
         assert (await run(box, "cat log 2>/dev/null; echo one >> log")).output == expected
         await box.close()
+
+
+async def test_process_warns_that_it_does_not_isolate(workspace: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        box = await open_sandbox(spec("process"), workspace, session_id="warned")
+    await box.close()
+    assert [(line["log_level"], line["event"]) for line in logs] == [
+        ("warning", "sandbox_without_isolation")
+    ]

@@ -38,6 +38,12 @@ def processes(mark: str) -> list[int]:
     return found
 
 
+def children(mark: str) -> list[int]:
+    """Our own children whose command line holds `mark`."""
+    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in processes(mark) if str(pid) in found]
+
+
 def session_cgroups() -> set[Path]:
     return {path for path in Path("/sys/fs/cgroup").rglob("troupe-*") if path.is_dir()}
 
