@@ -59,13 +59,23 @@ def create_app(sessions: Sessions, settings: ServeSettings) -> FastAPI:
 
 class Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """With the schema that every problem refers to."""
-        if not self.openapi_schema:
+        if self.openapi_schema is None:
             schema = super().openapi()
             template = "#/components/schemas/{model}"
             problem = problems.Problem.model_json_schema(ref_template=template)
             schema["components"]["schemas"] |= problem.pop("$defs") | {"Problem": problem}
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    for parameter in operation.get("parameters", ()):
+                        _without_null(parameter["schema"])
         return super().openapi()
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    """A parameter may be absent, which Python calls None; `null` in a URL or a header is a text."""
+    kinds = [kind for kind in schema.pop("anyOf", ()) if kind.get("type") != "null"]
+    for kind in kinds:
+        schema |= kind
 
 
 class Envelope:

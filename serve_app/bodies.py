@@ -5,7 +5,7 @@ import math
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
 from actors.protocol import MAX_TEXT_CHARS, Invalid, SessionView, Status, TooLarge
@@ -27,10 +27,16 @@ MessageId = Annotated[
     ),
 ]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+Feedback = Annotated[str, Field(max_length=10_000)]
 
 
 class In(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def whole(value: Any) -> Any:
+    """In JSON 3.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class CommandIn(In):
@@ -75,36 +81,41 @@ class MessageIn(CommandIn):
         return self.text
 
 
-class DecisionIn(In):
-    tool_call_id: Name
-    decision: Literal["approve", "reject", "edit"]
-    arguments: dict[str, Any] | None = Field(
-        default=None, description="For `edit`, and only there: what runs instead"
-    )
-    feedback: str | None = Field(default=None, max_length=10_000)
+class AnswerIn(In):
+    """Has no arguments: a client that means an edit must not have the model's own ones run."""
 
-    def as_fact(self) -> Decision:
-        """
-        Raises:
-            Invalid: arguments and decision do not fit: a client that means an edit and says
-                `approve` must not have the model's own arguments run.
-        """
-        if (self.decision == "edit") != (self.arguments is not None):
-            raise Invalid("`arguments` belong to `edit`, and `edit` needs them.")
-        return Decision(
-            tool_call_id=self.tool_call_id,
-            decision=self.decision,
-            arguments=None if self.arguments is None else json.dumps(self.arguments),
-            feedback=self.feedback,
-        )
+    tool_call_id: Name
+    decision: Literal["approve", "reject"]
+    arguments: None = None
+    feedback: Feedback | None = None
+
+
+class EditIn(In):
+    tool_call_id: Name
+    decision: Literal["edit"]
+    arguments: dict[str, Any] = Field(description="What runs instead")
+    feedback: Feedback | None = None
+
+
+def decision_of(answer: AnswerIn | EditIn) -> Decision:
+    return Decision(
+        tool_call_id=answer.tool_call_id,
+        decision=answer.decision,
+        arguments=None if answer.arguments is None else json.dumps(answer.arguments),
+        feedback=answer.feedback,
+    )
 
 
 class ApprovalsIn(CommandIn):
-    decisions: list[DecisionIn] = Field(min_length=1, max_length=MAX_DECISIONS)
+    decisions: list[Annotated[AnswerIn | EditIn, Field(discriminator="decision")]] = Field(
+        min_length=1, max_length=MAX_DECISIONS
+    )
 
 
 class TruncateIn(CommandIn):
-    user_message_index: int = Field(ge=0, le=2**31 - 1, description="0 is the first visible one")
+    user_message_index: Annotated[int, BeforeValidator(whole)] = Field(
+        ge=0, le=2**31 - 1, description="0 is the first visible one"
+    )
 
 
 class ModelIn(CommandIn):

@@ -151,7 +151,24 @@ READ = documented(401, 403, 404, 422, 500, 503)
 COMMAND = documented(401, 403, 404, 409, 413, 415, 422, 429, 500, 503)
 SSE: dict[str, Any] = {
     "description": "Server-sent events: `id` a cursor, `event` the type, `data` one line of JSON",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "description": "One event",
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string", "pattern": CURSOR_PATTERN},
+                    "event": {"type": "string", "pattern": "^[a-z_]+$"},
+                    "data": {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": {"type": "object", "required": ["turn"]},
+                    },
+                    "retry": {"type": "integer"},
+                },
+            }
+        }
+    },
 }
 
 router = APIRouter(prefix="/v1", route_class=GuardedRoute)
@@ -203,7 +220,8 @@ async def list_sessions(
     call: Read,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[
-        str | None, Query(max_length=512, description="The `next` of the page before")
+        str | None,
+        Query(max_length=512, description="The `next` of the page before"),
     ] = None,
 ) -> bodies.SessionsOut:
     """The caller's own, newest first."""
@@ -278,7 +296,8 @@ async def get_events(
     session_id: SessionId,
     query: Annotated[EventsQuery, Query()],
     last_event_id: Annotated[
-        str | None, Header(pattern=CURSOR_PATTERN, description="Wins over `after`")
+        str | None,
+        Header(pattern=CURSOR_PATTERN, description="Wins over `after`"),
     ] = None,
 ) -> EventStream:
     """Every fact after the cursor once and in order, and previews of those to come. The answer is
@@ -299,7 +318,7 @@ async def decide(
 ) -> bodies.TurnAccepted:
     """Opens a turn. Calls without a decision stay pending."""
     command = Decide(
-        decisions=tuple(decision.as_fact() for decision in body.decisions),
+        decisions=tuple(bodies.decision_of(answer) for answer in body.decisions),
         message_id=call.key(body),
     )
     accepted = await call.submit(session_id, command)

@@ -254,9 +254,9 @@ class MemorySessions:
         return session
 
     async def open(self, who: Principal, command: Open) -> SessionView:
-        known = self.opened.get((who.user_id, command.message_id or ""))
+        known = self.all.get(self.opened.get((who.user_id, command.message_id or ""), ""))
         if known is not None:
-            return self.all[known].view()
+            return known.view()
         live = [s for s in self.all.values() if not s.closed]
         own = [s for s in live if s.user_id == who.user_id]
         if len(own) >= self.limit_per_user:
