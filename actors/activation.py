@@ -11,10 +11,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import structlog
-from agent.trace import trajectory, write_trajectory
 
 from actors.commands import Repeated, answered, fact_of
 from actors.detached import Detached
@@ -55,10 +54,21 @@ from agent.loop import advance
 from agent.model.contract import Model
 from agent.sandbox.contract import Sandbox
 from agent.tools.contract import Tools
+from agent.trace import trajectory, write_trajectory
 
 Change = Literal["busy", "rested", "lost"]
-"""What an activation tells its desk; `lost`: it cannot go on (fenced, or the journal failed)."""
-Report = Callable[[str, int, Change], None]
+"""`lost`: it cannot go on (fenced, or the journal failed)."""
+
+
+class Report(NamedTuple):
+    """What an activation tells its desk. Reports may overtake each other: `n` says which is newer."""
+
+    session_id: str
+    epoch: int
+    n: int
+    """Rises by one per activation, from 1."""
+    change: Change
+
 
 log = structlog.get_logger()
 
@@ -66,9 +76,10 @@ log = structlog.get_logger()
 class Activation:
     """Hosts one session while it lives here. Implements `agent.loop.Run`."""
 
-    def __init__(self, kit: Kit, session_id: str, report: Report) -> None:
+    def __init__(self, kit: Kit, session_id: str, tell: Callable[[Report], None]) -> None:
         self._kit = kit
-        self._report = report
+        self._tell = tell
+        self.n_reports = 0
         self.session_id = session_id
         self.model: Model = kit.model
         self.tools: Tools
@@ -87,7 +98,12 @@ class Activation:
 
     @classmethod
     async def open(
-        cls, kit: Kit, session_id: str, report: Report, *, user_token: str | None = None
+        cls,
+        kit: Kit,
+        session_id: str,
+        tell: Callable[[Report], None],
+        *,
+        user_token: str | None = None,
     ) -> Self:
         """Take the session and settle what the incarnation before left open.
 
@@ -95,7 +111,7 @@ class Activation:
             NoSuchSession, JournalFault
             Conflict: the session is closed.
         """
-        self = cls(kit, session_id, report)
+        self = cls(kit, session_id, tell)
         self.user_token = user_token
         epoch = await kit.journal.fence(session_id)
         records = await read_all(kit.journal, session_id)
@@ -154,7 +170,11 @@ class Activation:
         if not self._leaving:
             self._leaving = True
             self._log.warning("activation_lost", code=fault.code)
-            self._report(self.session_id, self.context.epoch, "lost")
+            self._report("lost")
+
+    def _report(self, change: Change) -> None:
+        self.n_reports += 1
+        self._tell(Report(self.session_id, self.context.epoch, self.n_reports, change))
 
     def show(self, delta: Delta) -> None:
         self.feed.show_delta(delta)
@@ -232,7 +252,7 @@ class Activation:
         self._turn_task = self._tasks.start(self._advance(), name="turn")
 
     async def _advance(self) -> None:
-        self._report(self.session_id, self.context.epoch, "busy")
+        self._report("busy")
         try:
             await self._measure_window()
             await advance(self)
@@ -244,7 +264,7 @@ class Activation:
         finally:
             self._turn_task = None
         if not self._leaving:
-            self._report(self.session_id, self.context.epoch, "rested")
+            self._report("rested")
             self._kick()
 
     async def _abandon(self) -> None:

@@ -34,15 +34,21 @@ class ManagerPort:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._manager: Any = None
 
     async def _ask(self, method: str, *args: Any, extra_s: float = 0.0) -> Any:
         lost = Unavailable("The session manager does not answer.", retry_after_s=2)
+        if self._manager is None:
+            try:
+                self._manager = await asyncio.to_thread(ray.get_actor, MANAGER, namespace=NAMESPACE)
+            except ValueError as cause:
+                raise lost from cause
+        call = getattr(self._manager, method).remote(*args)
         try:
-            manager = await asyncio.to_thread(ray.get_actor, MANAGER, namespace=NAMESPACE)
-        except ValueError as cause:
-            raise lost from cause
-        call = getattr(manager, method).remote(*args)
-        return await answer(call, lost, self._timeout_s + extra_s)
+            return await answer(call, lost, self._timeout_s + extra_s)
+        except Unavailable:
+            self._manager = None  # its name may belong to a new one by now
+            raise
 
     async def open(self, who: Principal, command: Open) -> SessionRow:
         return await self._ask("open", who, command)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import structlog
 
-from actors.activation import Change
+from actors.activation import Report
 from actors.commands import seed_fact
 from actors.detached import Detached
 from actors.kit import Kit
@@ -378,18 +378,15 @@ class Desk:
 
     # -- reports -------------------------------------------------------------------------------
 
-    def note(self, session_id: str, epoch: int, change: Change) -> None:
-        """What an activation says of itself; a stale one (of an earlier epoch) is passed over."""
-        placed, lease = self._placed.get(session_id), self.ledger.get(session_id)
-        if lease is None or (placed is not None and placed[1].epoch != epoch):
+    def note(self, report: Report) -> None:
+        """What an activation says of itself; one of an earlier epoch is passed over."""
+        placed, lease = self._placed.get(report.session_id), self.ledger.get(report.session_id)
+        if lease is None or (placed is not None and placed[1].epoch != report.epoch):
             return
-        match change:
-            case "busy":
-                self.ledger.busy(lease)
-            case "rested":
-                self.ledger.rested(lease)
-            case "lost":
-                self._tasks.start(self._lost(session_id, lease), name="lost")
+        if report.change == "lost":
+            self._tasks.start(self._lost(report.session_id, lease), name="lost")
+        else:
+            self.ledger.note(lease, report.n, is_busy=report.change == "busy")
 
     async def _lost(self, session_id: str, lease: Lease) -> None:
         async def work() -> None:

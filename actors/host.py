@@ -1,9 +1,9 @@
 """A place where activations live. `SessionActor` is one in a process of its own, `LocalSessions` uses
 one directly; neither adds behaviour."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from actors.activation import Activation, Report
 from actors.kit import Kit
@@ -11,26 +11,40 @@ from actors.protocol import Accepted, AnyCommand, Moved, Principal
 from agent.events import Cursor, Page
 
 
+class Hosted(NamedTuple):
+    """A session that lives in a host, for a desk that begins anew beside it."""
+
+    session_id: str
+    user_id: str
+    epoch: int
+    is_busy: bool
+    n_reports: int
+    """How many reports it made: later ones are newer than this."""
+
+
 class SessionHost:
-    def __init__(self, kit: Kit, name: str, report: Report) -> None:
+    def __init__(self, kit: Kit, name: str, tell: Callable[[Report], None]) -> None:
         self.name = name
         self._kit = kit
-        self._report = report
+        self._tell = tell
         self._activations: dict[str, Activation] = {}
 
     async def adopt(self, session_id: str, user_token: str | None = None) -> int:
         """Activate a session here; its epoch. See `Activation.open` for the faults."""
-        activation = await Activation.open(
-            self._kit, session_id, self._report, user_token=user_token
-        )
+        activation = await Activation.open(self._kit, session_id, self._tell, user_token=user_token)
         self._activations[session_id] = activation
         return activation.context.epoch
 
-    def hosted(self) -> list[tuple[str, str, int, bool]]:
-        """`(session_id, user_id, epoch, is_busy)` of every session here."""
+    def hosted(self) -> list[Hosted]:
         return [
-            (sid, one.context.opened.user_id, one.context.epoch, one.is_busy())
-            for sid, one in self._activations.items()
+            Hosted(
+                session_id,
+                one.context.opened.user_id,
+                one.context.epoch,
+                is_busy=one.is_busy(),
+                n_reports=one.n_reports,
+            )
+            for session_id, one in self._activations.items()
             if not one.is_leaving
         ]
 

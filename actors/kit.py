@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from agent.tools.router import ToolRouter
-from agent.tools.standard import standard_tools
-
 from actors.settings import ActorsSettings
 from agent.journal import Journal
 from agent.model.contract import Model
@@ -18,6 +15,8 @@ from agent.sandbox.local import open_sandbox
 from agent.settings import AgentSettings, ToolSettings
 from agent.spec import AgentSpec, SandboxSpec
 from agent.tools.contract import Tool, Tools
+from agent.tools.router import ToolRouter
+from agent.tools.standard import standard_tools
 
 
 class OpenSandbox(Protocol):

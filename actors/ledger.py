@@ -26,6 +26,8 @@ class Lease:
     state: Literal["reserved", "live", "passivating"] = "reserved"
     idle_since_s: float | None = None
     """None: a turn runs."""
+    n_noted: int = 0
+    """The newest report that was taken in: older ones, that came later, are passed over."""
 
 
 class Refusal(NamedTuple):
@@ -94,7 +96,8 @@ class Ledger:
         if not self.holds(lease):
             return False
         lease.state = "live"
-        lease.idle_since_s = self._now_s()
+        if not lease.n_noted:
+            lease.idle_since_s = self._now_s()
         return True
 
     def release(self, lease: Lease) -> bool:
@@ -126,11 +129,11 @@ class Ledger:
 
     # -- who gives way -----------------------------------------------------------------------
 
-    def busy(self, lease: Lease) -> None:
-        lease.idle_since_s = None
-
-    def rested(self, lease: Lease) -> None:
-        lease.idle_since_s = self._now_s()
+    def note(self, lease: Lease, n: int, *, is_busy: bool) -> None:
+        """Take in the session's report number `n`, unless a newer one came before it."""
+        if n > lease.n_noted:
+            lease.n_noted = n
+            lease.idle_since_s = None if is_busy else self._now_s()
 
     def give_way(self, scope: Scope, user_id: str) -> Lease | None:
         """Choose the longest idle lease whose end would help, and mark it as passivating.

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.activation import Change
+from actors.activation import Change, Report
 from actors.desk import Desk, Route
 from actors.protocol import (
     Accepted,
@@ -47,9 +47,8 @@ class SessionManager:
         for session in hosted:
             route = Route(host.name, session.epoch)
             self._desk.take_over(host, route, session.session_id, session.user_id)
-            self._desk.note(
-                session.session_id, session.epoch, "busy" if session.is_busy else "rested"
-            )
+            change: Change = "busy" if session.is_busy else "rested"
+            self._desk.note(Report(session.session_id, session.epoch, session.n_reports, change))
         if not hosted:
             await self._hosts.give_back(host, clean=False)
 
@@ -83,8 +82,8 @@ class SessionManager:
     async def capacity(self, who: Principal) -> CapacityView:
         return await self._desk.capacity(who)
 
-    async def note(self, session_id: str, epoch: int, change: Change) -> None:
-        self._desk.note(session_id, epoch, change)
+    async def note(self, report: Report) -> None:
+        self._desk.note(report)
 
     async def drain(self) -> None:
         """Bring every session to rest, then end every session actor."""

@@ -13,9 +13,10 @@ from ray.util import list_named_actors
 
 from actors.desk import Host
 from actors.detached import Detached
+from actors.host import Hosted
 from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
 from actors.remote import NAMESPACE, answer
-from actors.session import Hosted, session_actor
+from actors.session import session_actor
 from actors.settings import ActorsSettings
 from agent.settings import AgentSettings
 

@@ -12,8 +12,6 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from agent.trace import trajectory
-
 from actors.commands import answered
 from actors.desk import Route
 from actors.feed import page_of
@@ -39,6 +37,7 @@ from agent.context import Context
 from agent.events import Cursor, Page
 from agent.faults import JournalFault, NoSuchSession
 from agent.journal import SessionRow, read_all
+from agent.trace import trajectory
 
 MAX_ROUTES = 4
 """Tries to reach a session that moves while it is called."""

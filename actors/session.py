@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import ray
 
-from actors.activation import Change
+from actors.activation import Report
 from actors.gateway import GatewayModel
-from actors.host import SessionHost
+from actors.host import Hosted, SessionHost
 from actors.kit import Kit
 from actors.protocol import Accepted, AnyCommand, Principal
 from actors.remote import NAMESPACE
@@ -22,15 +22,6 @@ MAX_CONCURRENCY = 10_000
 """Calls at once on one actor's loop: every open reader holds one."""
 
 
-class Hosted(NamedTuple):
-    """A session that lives in an actor, for a manager that was restarted."""
-
-    session_id: str
-    user_id: str
-    epoch: int
-    is_busy: bool
-
-
 async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
     """The parts that a process of the cluster shares among its sessions."""
     journal = await open_journal(agent.journal_url, agent.storage_dir)
@@ -40,15 +31,17 @@ async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
 class SessionActor:
     async def __init__(self, name: str, agent: AgentSettings, actors: ActorsSettings) -> None:
         self._kit = await kit_of(agent, actors)
-        self._host = SessionHost(self._kit, name, self._report)
+        self._host = SessionHost(self._kit, name, self._tell)
+        self._manager: Any = None
 
-    def _report(self, session_id: str, epoch: int, change: Change) -> None:
-        """Tell the manager. Not awaited: it is a hint, and the manager may be away."""
-        try:
-            manager = ray.get_actor(MANAGER, namespace=NAMESPACE)
-        except ValueError:
-            return
-        manager.note.remote(session_id, epoch, change)
+    def _tell(self, report: Report) -> None:
+        """Not awaited: a report is a hint, and the manager may be away."""
+        if self._manager is None:
+            try:
+                self._manager = ray.get_actor(MANAGER, namespace=NAMESPACE)
+            except ValueError:
+                return
+        self._manager.note.remote(report)
 
     async def ready(self) -> bool:
         return True
@@ -86,7 +79,7 @@ class SessionActor:
         return await self._host.hosts(session_id)
 
     async def hosted(self) -> list[Hosted]:
-        return [Hosted(*each) for each in self._host.hosted()]
+        return self._host.hosted()
 
 
 _remote: Any = ray.remote  # its types know neither async constructors nor these options

@@ -398,15 +398,19 @@ class Context:
             return End("limit", "max_steps", f"The turn made {self.n_steps} model calls.")
         limit = self.spec.compaction.at_fraction * self.window_tokens
         if (self._overflowed or self._tokens >= limit) and not self._compaction_done:
-            if upto := self.cut(
-                keep_tokens=int(self.spec.compaction.keep_fraction * self.window_tokens)
-            ):
+            if self.can_compact() and (upto := self.cut(keep_tokens=self._keep_tokens())):
                 return Compact(upto)
             if self._overflowed:
                 return End(
                     "failed", "context_overflow", "The message does not fit the model's window."
                 )
         return CallModel()
+
+    def _keep_tokens(self) -> int:
+        """How much of the newest conversation a compaction leaves: its share of the window, and less
+        where the provider found the prompt too long though we counted it short."""
+        share = int(self.spec.compaction.keep_fraction * self.window_tokens)
+        return min(share, self._estimate() // 2) if self._overflowed else share
 
     def _settled(self, calls: list[Call], outcome: Outcome, text: str) -> Settle | None:
         return Settle(tuple(self._finished(c, outcome, text) for c in calls)) if calls else None
@@ -579,12 +583,12 @@ def _object(call: ToolCall) -> str:
 
 def _tokens_of(entry: Entry) -> int:
     if isinstance(entry, UserEntry):
-        return len(entry.text) // CHARS_PER_TOKEN
+        return len(entry.text) // CHARS_PER_TOKEN + 1
     chars = len(entry.message.text) + sum(
         len(call.arguments) + len(call.result.text if call.result else "")
         for call in entry.calls.values()
     )
-    return chars // CHARS_PER_TOKEN
+    return chars // CHARS_PER_TOKEN + 1
 
 
 def _handover(summary: str, cut: list[Entry]) -> str:

@@ -19,7 +19,13 @@ from tests.support.house import AGENTS
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 USERS = ("alice", "bob", "carol", "dave", "erin")
-SMALL = ActorsSettings(max_sessions=5, max_sessions_per_user=3, page_wait_s=0.2, close_wait_s=2.0)
+SMALL = ActorsSettings(
+    max_sessions=5,
+    max_sessions_per_user=3,
+    warm_actors=4,  # most tests then reuse processes instead of starting them
+    page_wait_s=0.2,
+    close_wait_s=2.0,
+)
 """The limits that the sessions contract is written for."""
 
 

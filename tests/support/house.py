@@ -86,8 +86,8 @@ AGENTS = Path(__file__).parent / "agents"
 
 
 async def open_fake_sandbox(spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox:
-    del spec, workspace, session_id
-    return FakeSandbox()
+    del spec, session_id
+    return FakeSandbox(workspace)
 
 
 def kit_for(

@@ -1,0 +1,481 @@
+"""One incarnation of a session: what it commits, what it survives."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.activation import Activation
+from actors.kit import Kit
+from actors.protocol import (
+    Accepted,
+    AnyCommand,
+    Compact,
+    Conflict,
+    Decide,
+    Interrupt,
+    Moved,
+    NotFound,
+    QuotaExceeded,
+    SendMessage,
+    SwitchModel,
+)
+from actors.settings import ActorsSettings, Quota
+from agent.events import (
+    AssistantMessage,
+    Compacted,
+    CompactionFailed,
+    Decision,
+    InterruptRequested,
+    ModelCalled,
+    Record,
+    SessionOpened,
+    ToolFinished,
+    ToolStarted,
+    TurnEnded,
+    UserMessage,
+)
+from agent.faults import ContextOverflow, Fenced, ModelUnavailable
+from agent.journal import read_all
+from agent.journal_memory import MemoryJournal
+from agent.spec import AgentSpec, ApprovalPolicy, ApprovalRule, Compaction, Limits
+from agent.testing import Reply, ScriptedModel
+from tests.support.house import ALICE, BOB, SOON_S, Burst, Echo, Effect, Wait, kit_for
+
+SPEC = AgentSpec(name="t", system_prompt="You are a test.", model="scripted/x", tools=("*",))
+ASKING = SPEC.model_copy(
+    update={"approval": ApprovalPolicy(rules=(ApprovalRule(tools="effect", action="ask"),))}
+)
+SAY = Reply("ok")
+
+
+def call(tool: str, word: str = "w") -> tuple[str, dict[str, Any]]:
+    return (tool, {"word": word})
+
+
+class Stand:
+    """A session in a journal, and the incarnations that a test gives it."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit = kit
+        self.reports: list[str] = []
+        self.lost = asyncio.Event()
+        self.living: list[Activation] = []
+
+    async def open(self, spec: AgentSpec = SPEC) -> Activation:
+        opened = SessionOpened(
+            session_id="s", user_id="alice", agent=spec.name, model=spec.model, spec=spec
+        )
+        await self.kit.journal.create(opened)
+        return await self.wake()
+
+    async def wake(self) -> Activation:
+        activation = await Activation.open(self.kit, "s", lambda report: self._told(report.change))
+        self.living.append(activation)
+        return activation
+
+    def _told(self, change: str) -> None:
+        self.reports.append(change)
+        if change == "lost":
+            self.lost.set()
+
+    async def records(self) -> list[Record]:
+        return await read_all(self.kit.journal, "s")
+
+    async def facts(self, kind: type[Any]) -> list[Any]:
+        return [r.fact for r in await self.records() if isinstance(r.fact, kind)]
+
+    async def rested(self, activation: Activation) -> None:
+        """Wait, by the feed, until every open turn has ended."""
+        async with asyncio.timeout(SOON_S):
+            while activation.context.open_turns:
+                await activation.feed.changed(SOON_S)
+
+    async def ended(self, activation: Activation, command: AnyCommand | str) -> TurnEnded:
+        """Carry out a command that opens a turn, and wait for the turn's end."""
+        command = SendMessage(text=command) if isinstance(command, str) else command
+        accepted: Accepted = await activation.submit(ALICE, command)
+        await self.rested(activation)
+        [end] = [e for e in await self.facts(TurnEnded) if e.turn == accepted.turn]
+        return end
+
+    async def close(self) -> None:
+        for activation in self.living:
+            await activation.end()
+
+
+MakeStand = Callable[..., Stand]
+
+
+@pytest.fixture
+async def stand(tmp_path: Path) -> AsyncIterator[MakeStand]:
+    made: list[Stand] = []
+
+    def make(
+        *replies: Reply, tools: Sequence[Any] = (), window: int = 128_000, **kit: Any
+    ) -> Stand:
+        model = ScriptedModel(replies, window_tokens=window)
+        tools = [Echo(), Effect(), Burst(), *tools]
+        made.append(Stand(kit_for(tmp_path, model=model, tools=tools, **kit)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        await each.close()
+
+
+def requests_of(stand: Stand) -> list[Any]:
+    assert isinstance(stand.kit.model, ScriptedModel)
+    return stand.kit.model.requests
+
+
+async def whole_turn(stand: MakeStand) -> list[Record]:
+    """A turn with two rounds of tools, a failing tool among them, and an answer."""
+    made = stand(
+        Reply("a", tool_calls=(call("echo"), call("effect"), call("burst"))),
+        Reply("b", tool_calls=(call("effect"),)),
+        SAY,
+    )
+    assert (await made.ended(await made.open(), "go")).reason == "done"
+    return await made.records()
+
+
+async def test_a_crash_after_any_fact_still_settles_every_call_once(stand: MakeStand) -> None:
+    records = await whole_turn(stand)
+    for cut in range(3, len(records)):
+        journal = MemoryJournal.holding(records[:cut])
+        n_answers = sum(isinstance(r.fact, AssistantMessage) for r in records[:cut])
+        replies = [
+            Reply("a", tool_calls=(call("echo"), call("effect"), call("burst"))),
+            Reply("b", tool_calls=(call("effect"),)),
+            SAY,
+        ][n_answers:]
+        after = stand(*replies, journal=journal)
+        await after.rested(await after.wake())
+        proposed = [
+            c.tool_call_id for m in await after.facts(AssistantMessage) for c in m.tool_calls
+        ]
+        settled = [f.tool_call_id for f in await after.facts(ToolFinished)]
+        assert sorted(settled) == sorted(proposed), cut
+        assert [end.reason for end in await after.facts(TurnEnded)] == ["done"], cut
+
+
+async def test_a_started_call_without_a_result_is_unknown_unless_it_is_idempotent(
+    stand: MakeStand,
+) -> None:
+    records = await whole_turn(stand)
+    started = [n for n, r in enumerate(records) if isinstance(r.fact, ToolStarted)]
+    cut = records[: started[2] + 1]  # the three calls of the first round have started
+    after = stand(SAY, journal=MemoryJournal.holding(cut))
+    await after.rested(await after.wake())
+    outcomes = {f.tool: f.outcome for f in await after.facts(ToolFinished)}
+    assert outcomes == {"echo": "ok", "effect": "unknown", "burst": "error"}
+    [request] = requests_of(after)
+    told = {m["name"]: m["content"] for m in request.messages if m["role"] == "tool"}
+    assert "may" in told["effect"]
+
+
+async def test_a_stale_incarnation_cannot_write_and_ends_itself(stand: MakeStand) -> None:
+    made = stand(SAY, SAY)
+    old = await made.open()
+    new = await made.wake()
+    with pytest.raises(Fenced):
+        await old.submit(ALICE, SendMessage(text="from the grave"))
+    with pytest.raises(Moved):
+        await old.submit(ALICE, SendMessage(text="again"))
+    assert made.reports == ["lost"]
+    assert (await made.ended(new, "hello")).reason == "done"
+    assert [m.text for m in await made.facts(UserMessage)] == ["hello"]
+
+
+async def test_a_fenced_turn_stops_and_says_that_it_is_lost(stand: MakeStand) -> None:
+    waiting = Wait()
+    made = stand(Reply(tool_calls=(call("wait"),)), SAY, tools=[waiting])
+    old = await made.open()
+    await old.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    new = await made.wake()
+    await made.rested(new)
+    waiting.go.set()
+    await asyncio.wait_for(made.lost.wait(), SOON_S)
+    outcomes = [f.outcome for f in await made.facts(ToolFinished)]
+    assert outcomes == ["unknown"]
+
+
+async def test_interrupt_keeps_the_results_that_finished(stand: MakeStand) -> None:
+    waiting = Wait()
+    made = stand(Reply(tool_calls=(call("echo", "kept"), call("wait"))), SAY, tools=[waiting])
+    activation = await made.open()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    while not await made.facts(ToolFinished):
+        await activation.feed.changed(SOON_S)
+    await activation.submit(ALICE, Interrupt())
+    await made.rested(activation)
+    outcomes = {f.tool: (f.outcome, f.text) for f in await made.facts(ToolFinished)}
+    assert outcomes["echo"] == ("ok", "kept")
+    assert outcomes["wait"][0] == "cancelled"
+    assert len(requests_of(made)) == 1
+
+
+async def test_an_interrupt_that_a_crash_cut_short_still_ends_the_turn(stand: MakeStand) -> None:
+    records = await whole_turn(stand)
+    began = next(n for n, r in enumerate(records) if isinstance(r.fact, ToolStarted))
+    journal = MemoryJournal.holding(records[: began + 1])
+    epoch = await journal.fence("s")
+    await journal.append("s", epoch, [InterruptRequested(turn=1)])
+    after = stand(journal=journal)
+    await after.rested(await after.wake())
+    assert [end.reason for end in await after.facts(TurnEnded)] == ["interrupted"]
+    assert requests_of(after) == []
+
+
+async def test_an_interrupted_answer_keeps_its_text_and_a_crashed_one_is_asked_again(
+    stand: MakeStand,
+) -> None:
+    gate = asyncio.Event()
+    made = stand(Reply("half|whole", chunks=2, gate=gate, gate_after=1), SAY)
+    activation = await made.open()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    while not activation.feed.page(activation.feed.now._replace(live=0)).frames[-1:]:
+        await activation.feed.changed(SOON_S)
+    while "text_delta" not in [
+        f.event for f in activation.feed.page(activation.feed.now._replace(live=0)).frames
+    ]:
+        await activation.feed.changed(SOON_S)
+    await activation.end()  # as a shutdown does: without a word from the user
+    assert await made.facts(AssistantMessage) == []
+    assert [c.fault for c in await made.facts(ModelCalled)] == ["interrupted"]
+    await made.rested(await made.wake())
+    assert [m.text for m in await made.facts(AssistantMessage)] == ["ok"]
+
+
+async def test_decisions_survive_a_crash(stand: MakeStand) -> None:
+    made = stand(Reply(tool_calls=(call("effect", "one"), call("effect", "two"))), SAY)
+    assert (await made.ended(await made.open(ASKING), "go")).reason == "approval"
+    woken = await made.wake()
+    one, two = woken.context.pending
+    edit = Decision(tool_call_id=one, decision="edit", arguments='{"word": "mine"}')
+    reject = Decision(tool_call_id=two, decision="reject", feedback="no")
+    assert (await made.ended(woken, Decide(decisions=(edit, reject)))).reason == "done"
+    texts = [f.text for f in await made.facts(ToolFinished)]
+    assert "mine" in texts
+    told = [m["content"] for m in requests_of(made)[-1].messages if m["role"] == "tool"]
+    assert any("edited" in text and "mine" in text for text in told)
+
+
+async def test_a_denied_call_is_told_and_never_runs(stand: MakeStand) -> None:
+    policy = ApprovalPolicy(rules=(ApprovalRule(tools="eff*", action="deny", reason="Not here."),))
+    made = stand(Reply(tool_calls=(call("effect"), call("echo"))), SAY)
+    spec = SPEC.model_copy(update={"approval": policy})
+    assert (await made.ended(await made.open(spec), "go")).reason == "done"
+    assert [s.tool for s in await made.facts(ToolStarted)] == ["echo"]
+    denied = next(f for f in await made.facts(ToolFinished) if f.outcome == "denied")
+    assert "Not here." in denied.text
+
+
+async def test_an_edit_cannot_pass_a_rule_that_denies(stand: MakeStand) -> None:
+    rules = (
+        ApprovalRule(
+            tools="effect",
+            action="deny",
+            when=({"path": "word", "equals": "evil"},),  # type: ignore[arg-type]
+        ),
+        ApprovalRule(tools="effect", action="ask"),
+    )
+    made = stand(Reply(tool_calls=(call("effect"),)), SAY)
+    activation = await made.open(SPEC.model_copy(update={"approval": ApprovalPolicy(rules=rules)}))
+    await made.ended(activation, "go")
+    [waiting] = activation.context.pending
+    evil = Decision(tool_call_id=waiting, decision="edit", arguments='{"word": "evil"}')
+    await made.ended(activation, Decide(decisions=(evil,)))
+    assert [f.outcome for f in await made.facts(ToolFinished)] == ["denied"]
+
+
+LONG = "x" * 4000
+"""A thousand tokens, by the rule of thumb."""
+
+
+async def test_a_run_with_one_user_message_compacts_at_a_tool_call_boundary(
+    stand: MakeStand,
+) -> None:
+    spec = SPEC.model_copy(update={"compaction": Compaction(at_fraction=0.5, keep_fraction=0.25)})
+    rounds = [Reply(f"r{n}", tool_calls=(call("echo", LONG),)) for n in range(2)]
+    made = stand(*rounds, Reply("the summary"), SAY, window=10_000)
+    activation = await made.open(spec)
+    assert (await made.ended(activation, "the one task")).reason == "done"
+    [compacted] = await made.facts(Compacted)
+    assert compacted.summary == "the summary"
+    prompt = requests_of(made)[-1].messages
+    assert "the summary" in prompt[1]["content"]
+    assert "the one task" in prompt[1]["content"]
+    asked = {c["id"] for m in prompt for c in m.get("tool_calls", [])}
+    assert len(asked) == 1  # the newest round stays as it was
+    assert {m["tool_call_id"] for m in prompt if m["role"] == "tool"} == asked
+    kinds = [c.kind for c in await made.facts(ModelCalled)]
+    assert kinds == ["main", "main", "compaction", "main"]
+    assert len(activation.context.messages()) == 1 + 2 * 2 + 1
+
+
+async def test_an_overflow_that_the_provider_reports_compacts_once(stand: MakeStand) -> None:
+    overflow = Reply(fault=ContextOverflow("too long"))
+    made = stand(Reply(tool_calls=(call("echo", LONG),)), overflow, Reply("summary"), SAY)
+    assert (await made.ended(await made.open(), "go")).reason == "done"
+    made = stand(
+        Reply(tool_calls=(call("echo", LONG),)),
+        overflow,
+        Reply("summary"),
+        overflow,
+        journal=MemoryJournal(),
+    )
+    end = await made.ended(await made.open(), "go")
+    assert (end.reason, end.code) == ("failed", "context_overflow")
+
+
+async def test_a_failed_compaction_is_a_fact_and_the_turn_goes_on(stand: MakeStand) -> None:
+    spec = SPEC.model_copy(update={"compaction": Compaction(at_fraction=0.1, keep_fraction=0.0)})
+    broken = Reply(fault=ModelUnavailable("away"))
+    made = stand(Reply(tool_calls=(call("echo", LONG),)), broken, SAY, window=8000)
+    activation = await made.open(spec)
+    assert (await made.ended(activation, "go")).reason == "done"
+    assert [f.code for f in await made.facts(CompactionFailed)] == ["model_unavailable"]
+
+
+async def test_a_failed_compaction_on_demand_ends_its_turn_as_failed(stand: MakeStand) -> None:
+    made = stand(SAY, Reply(fault=ModelUnavailable("away")), SAY)
+    activation = await made.open()
+    await made.ended(activation, "go")
+    end = await made.ended(activation, Compact())
+    assert (end.reason, end.code) == ("failed", "model_unavailable")
+    assert (await made.ended(activation, "still here")).reason == "done"
+
+
+async def test_undo_of_a_compacted_turn_brings_the_earlier_view_back(stand: MakeStand) -> None:
+    from actors.protocol import Truncate
+
+    made = stand(Reply("one"), Reply("two"), Reply("summary"), Reply("three"))
+    activation = await made.open()
+    for text in ("a", "b"):
+        await made.ended(activation, text)
+    await made.ended(activation, Compact())
+    await activation.submit(ALICE, Truncate(user_message_index=1))
+    await made.ended(activation, "c")
+    told = [m["content"] for m in requests_of(made)[-1].messages]
+    assert told == ["You are a test.", "a", "one", "c"]
+
+
+async def test_a_turn_ends_at_its_limit_of_model_calls(stand: MakeStand) -> None:
+    spec = SPEC.model_copy(update={"limits": Limits(max_steps=2)})
+    rounds = [Reply(tool_calls=(call("echo"),)) for _ in range(4)]
+    made = stand(*rounds)
+    activation = await made.open(spec)
+    end = await made.ended(activation, "go")
+    assert (end.reason, end.code) == ("limit", "max_steps")
+    assert len(requests_of(made)) == 2
+    assert (await made.ended(activation, "more")).reason == "limit"
+
+
+async def test_call_ids_that_a_provider_repeats_stay_apart(stand: MakeStand) -> None:
+    class SameIds(ScriptedModel):
+        async def stream(self, request: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+            async for item in super().stream(request):
+                if hasattr(item, "tool_calls"):
+                    calls = [
+                        c.model_copy(update={"tool_call_id": f"call_{n}"})
+                        for n, c in enumerate(item.tool_calls)
+                    ]
+                    item = item._replace(tool_calls=tuple(calls))  # noqa: PLW2901
+                yield item
+
+    replies = [Reply(tool_calls=(call("echo", w),)) for w in ("one", "two")]
+    made = stand()
+    made = Stand(
+        kit_for(made.kit.agent.storage_dir, model=SameIds([*replies, SAY]), tools=[Echo()])
+    )
+    await made.ended(await made.open(), "go")
+    ids = [f.tool_call_id for f in await made.facts(ToolFinished)]
+    assert len(set(ids)) == 2
+    assert [f.text for f in await made.facts(ToolFinished)] == ["one", "two"]
+    await made.close()
+
+
+async def test_another_user_gets_nothing(stand: MakeStand) -> None:
+    activation = await stand(SAY).open()
+    with pytest.raises(NotFound):
+        await activation.submit(BOB, SendMessage(text="hi"))
+    with pytest.raises(NotFound):
+        await anext(activation.pages(BOB, activation.feed.now))
+
+
+async def test_only_an_idle_session_is_passivated_for_others(stand: MakeStand) -> None:
+    waiting = Wait()
+    made = stand(Reply(tool_calls=(call("wait"),)), SAY, tools=[waiting])
+    activation = await made.open()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    assert not await activation.passivate("capacity")
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    waiting.go.set()
+    await made.rested(activation)
+    assert await activation.passivate("capacity")
+    with pytest.raises(Moved):
+        await activation.submit(ALICE, SendMessage(text="late"))
+    assert (await made.wake()).context.rested_by is None
+
+
+async def test_a_queue_of_turns_has_a_size(stand: MakeStand) -> None:
+    waiting = Wait()
+    limits = ActorsSettings(max_queued_turns=2)
+    made = stand(Reply(tool_calls=(call("wait"),)), *[SAY] * 9, tools=[waiting], actors=limits)
+    activation = await made.open()
+    for _ in range(3):
+        await activation.submit(ALICE, SendMessage(text="go"))
+    with pytest.raises(Conflict):
+        await activation.submit(ALICE, SendMessage(text="one too many"))
+    waiting.go.set()
+    await made.rested(activation)
+    assert [end.turn for end in await made.facts(TurnEnded)] == [1, 2, 3]
+
+
+async def test_a_quota_counts_a_session_once_when_its_model_is_used(stand: MakeStand) -> None:
+    limits = ActorsSettings(quotas={"dear": Quota(models="dear/*", per_day=1)})
+    journal = MemoryJournal()
+    made = stand(*[SAY] * 4, actors=limits, journal=journal)
+    activation = await made.open()
+    for model in ("dear/a", "cheap/b", "dear/c"):
+        await activation.submit(ALICE, SwitchModel(model=model))
+        assert (await made.ended(activation, "hi")).reason == "done"
+    other = SessionOpened(session_id="o", user_id="alice", agent="t", model="dear/a", spec=SPEC)
+    await journal.create(other)
+    second = await Activation.open(made.kit, "o", lambda _: None)
+    with pytest.raises(QuotaExceeded) as refused:
+        await second.submit(ALICE, SendMessage(text="hi"))
+    assert (refused.value.group, refused.value.limit) == ("dear", 1)
+    assert 0 < refused.value.retry_after_s <= 86_400
+    assert [r.fact.type for r in await journal.read("o")] == ["session_opened", "activated"]
+    await second.submit(ALICE, SwitchModel(model="cheap/b"))
+    await second.submit(ALICE, SendMessage(text="hi"))
+    await second.end()
+
+
+async def test_unpriced_calls_are_counted_as_such(stand: MakeStand) -> None:
+    made = stand(Reply("a", cost_usd=None), Reply("b", cost_usd=0.25))
+    activation = await made.open()
+    await made.ended(activation, "one")
+    await made.ended(activation, "two")
+    row = await made.kit.journal.row("s")
+    assert (row.spend_usd, row.n_unpriced) == (0.25, 1)
+
+
+async def test_a_defect_of_ours_ends_the_turn_and_the_session_lives(stand: MakeStand) -> None:
+    class Broken(ScriptedModel):
+        async def card(self, model: str) -> Any:
+            raise ZeroDivisionError
+
+    made = Stand(kit_for(stand().kit.agent.storage_dir, model=Broken([SAY]), tools=[Echo()]))
+    activation = await made.open()
+    end = await made.ended(activation, "go")
+    assert (end.reason, end.code) == ("failed", "internal")
+    assert "Zero" not in (end.detail or "")
+    await made.close()
