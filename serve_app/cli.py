@@ -70,7 +70,7 @@ def up(
     config: ConfigOption = None,
 ) -> None:
     """Start everything and stay; Ctrl-C drains and stops."""
-    with faults_are_sentences():
+    with faults_are_sentences(), stopping_on_signals():
         settings = _settings(config, host=host, port=port, dev=dev)
         choice = choose(model, settings.agent.default_model, os.environ)
         settings = _with_model(settings, choice.model)
@@ -79,7 +79,7 @@ def up(
 
             read_keys(settings.serve.keys_file)
         console.print(f"Model: [bold]{escape(choice.model)}[/] ({escape(choice.reason)})")
-        with RunFile(settings.agent.storage_dir).held() as write, stopping_on_signals():
+        with RunFile(settings.agent.storage_dir).held() as write:
             _run(settings, write)
 
 

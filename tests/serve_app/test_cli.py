@@ -57,7 +57,7 @@ class Program:
 
 
 @asynccontextmanager
-async def troupe(cwd: Path, *arguments: str) -> AsyncIterator[Program]:
+async def troupe(cwd: Path, *arguments: str, limit_s: float = LIMIT_S) -> AsyncIterator[Program]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "serve_app.cli", *arguments,
         cwd=cwd,
@@ -67,16 +67,17 @@ async def troupe(cwd: Path, *arguments: str) -> AsyncIterator[Program]:
         stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(limit_s):
             yield Program(process)
     finally:
         if process.returncode is None:
             process.kill()
-        await process.communicate()
+        # Not `communicate`: what a killed house leaves for a moment holds the pipe open.
+        await process.wait()
 
 
-async def run(cwd: Path, *arguments: str) -> Done:
-    async with troupe(cwd, *arguments) as program:
+async def run(cwd: Path, *arguments: str, limit_s: float = LIMIT_S) -> Done:
+    async with troupe(cwd, *arguments, limit_s=limit_s) as program:
         return await program.done()
 
 
