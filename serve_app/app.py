@@ -123,7 +123,7 @@ def _log_answer(scope: Scope, status: int, took_s: float) -> None:
         "request_answered",
         method=scope["method"],
         route=getattr(route, "path", None),
-        status=status,
+        status=status or None,  # none: the client left before there was one
         duration_ms=round(took_s * 1000),
         user_id=who.user_id if who else None,
         session_id=scope.get("path_params", {}).get("session_id", "")[:64] or None,

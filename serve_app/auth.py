@@ -92,12 +92,13 @@ def read_keys(path: Path) -> KeysFile:
 class Doorkeeper:
     """Tells a request's principal, or refuses it. Reads the keys file at once and when it changed."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, *, reload_every_s: float = RELOAD_EVERY_S) -> None:
         """
         Raises:
             SettingsInvalid: keys are needed and there is no good keys file.
         """
         self._dev = settings.dev
+        self._reload_every_s = reload_every_s
         self._path = settings.keys_file
         self._keys: tuple[tuple[bytes, Principal], ...] = ()
         self._version = (0, 0)
@@ -115,7 +116,7 @@ class Doorkeeper:
             _same_machine(headers)
             return DEV_USER
         now = time.monotonic()
-        if now - self._looked_at > RELOAD_EVERY_S:
+        if now - self._looked_at >= self._reload_every_s:
             self._looked_at = now  # before the await: one request looks, the others go on
             await asyncio.to_thread(self._reload)
         return self._known(headers.get("authorization", ""))

@@ -34,10 +34,15 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, pages: AsyncGenerator[Page, None], settings: ServeSettings, *, follow: bool = True
+        self,
+        pages: AsyncGenerator[Page, None],
+        settings: ServeSettings,
+        *,
+        follow: bool = True,
+        stall_s: float = STALL_S,
     ) -> None:
         self._pages = pages
-        self._max_s = settings.stream_max_s
+        self._limit_s = settings.stream_max_s + stall_s
         self._body = encoded(pages, settings, follow=follow)
         super().__init__(self._body, headers={"X-Accel-Buffering": "no"})
 
@@ -45,11 +50,11 @@ class EventStream(StreamingResponse):
         # Starlette leaves a generator that was not exhausted to the garbage collector.
         async with aclosing(self._pages), aclosing(self._body):
             try:
-                async with asyncio.timeout(self._max_s + STALL_S):
+                async with asyncio.timeout(self._limit_s):
                     await super().__call__(scope, receive, send)
             except TimeoutError:
                 # Returning in the middle of a response makes the server drop the connection.
-                log.warning("stream_stalled", max_s=self._max_s)
+                log.warning("stream_stalled", limit_s=self._limit_s)
 
 
 async def encoded(

@@ -26,7 +26,7 @@ class Announcing(uvicorn.Server):
 async def served(sessions: Sessions, settings: ServeSettings) -> AsyncGenerator[str, None]:
     """Serves until the end of the block; yields the URL."""
     config = uvicorn.Config(
-        create_app(sessions, settings),
+        await asyncio.to_thread(create_app, sessions, settings),  # reads the keys file
         log_config=None,
         lifespan="off",
         ws="none",

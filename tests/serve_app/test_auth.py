@@ -10,7 +10,6 @@ import yaml
 from starlette.datastructures import Headers
 
 from agent.faults import SettingsInvalid
-from serve_app import auth
 from serve_app.app import create_app
 from serve_app.auth import Doorkeeper, new_key
 from serve_app.problems import Unauthorized
@@ -117,10 +116,9 @@ def test_without_keys_and_without_dev_nothing_starts(tmp_path: Path) -> None:
 
 
 async def test_a_changed_keys_file_counts_from_the_next_look(
-    settings: ServeSettings, tokens: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    settings: ServeSettings, tokens: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(auth, "RELOAD_EVERY_S", 0.0)
-    doorkeeper = Doorkeeper(settings)
+    doorkeeper = Doorkeeper(settings, reload_every_s=0)
     assert (await doorkeeper.principal(bearer(tokens["alice"]))).user_id == "alice"
     carol = new_key("carol")
     settings.keys_file.write_text(yaml.safe_dump({"keys": [carol.entry.model_dump()]}))

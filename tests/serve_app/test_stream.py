@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import httpx
 import pytest
@@ -188,10 +189,7 @@ async def settled(reading: Reading) -> int:
     return taken
 
 
-async def test_a_silent_client_is_dropped_when_its_time_is_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("serve_app.stream.STALL_S", 0.05)
+async def test_a_silent_client_is_dropped_when_its_time_is_over() -> None:
     settings = ServeSettings.model_construct(**ServeSettings().model_dump() | {"stream_max_s": 0.1})
     reading = Reading(page("a"), wait=True)
 
@@ -199,12 +197,14 @@ async def test_a_silent_client_is_dropped_when_its_time_is_over(
         await asyncio.Event().wait()
         raise AssertionError
 
-    async def send(message: dict[str, object]) -> None:
-        if message["type"] == "http.response.body":
+    async def send(message: dict[str, Any]) -> None:
+        if b"data:" in message.get("body", b""):
             await asyncio.Event().wait()
 
     async with asyncio.timeout(LIMIT_S):
-        await EventStream(reading(), settings)({"type": "http"}, receive, send)
+        answer = EventStream(reading(), settings, stall_s=0.05)
+        await answer({"type": "http"}, receive, send)
+    assert reading.closed.is_set()
 
 
 async def test_a_stream_survives_a_cut_by_its_cursor(
