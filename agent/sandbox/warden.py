@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -66,9 +67,12 @@ def main() -> int:
                 # A kernel that does not account for swap has no file for it.
                 if "sw" not in name or (path / name).exists():
                     (path / name).write_text(value)
+        # Closed by our end, however it comes: who waits on the other side outlives a kill -9 of us.
+        alive_r, alive_w = os.pipe()
         first = os.fork()
         if first == 0:
-            _become_the_sandbox(plan, cgroups)
+            os.close(alive_w)
+            _become_the_sandbox(plan, cgroups, alive_r)
         # The sandbox's pipes are not ours: their readers must see the end when the sandbox ends.
         _forget_stdio()
         return _watch(first, lifeline, wake_r)
@@ -169,7 +173,7 @@ def _sweep(parent: Path) -> None:
                 path.rmdir()
 
 
-def _become_the_sandbox(plan: dict[str, Any], cgroups: list[Path]) -> NoReturn:
+def _become_the_sandbox(plan: dict[str, Any], cgroups: list[Path], alive: int) -> NoReturn:
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -185,7 +189,6 @@ def _become_the_sandbox(plan: dict[str, Any], cgroups: list[Path]) -> NoReturn:
         if sandlock or plan["uid"] is not None:
             _drop_capabilities()
         _drop_to(plan["uid"])
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it clears this
         if sandlock and workspace == _MOUNT_POINT:
             sandlock["options"]["fs_writable"].append("/tmp")  # noqa: S108 our own, see _mounted
             del plan["env"]["TMPDIR"]
@@ -194,11 +197,12 @@ def _become_the_sandbox(plan: dict[str, Any], cgroups: list[Path]) -> NoReturn:
         )
         env = {name: value.replace("{workspace}", workspace) for name, value in plan["env"].items()}
         if sandlock is None:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it clears this
             argv = json.loads(text)
             if plan["enter_workspace"]:
                 os.chdir(workspace)
             os.execve(argv[0], argv, env)  # noqa: S606 a shell is what we start
-        _run_sandlock(module, json.loads(text), env, plan["seccomp"])
+        _run_sandlock(module, json.loads(text) | {"env": env}, plan["seccomp"], alive)
     except BaseException as cause:  # noqa: BLE001 a forked child must end here, whatever happened
         os.write(2, f"{type(cause).__name__}: {cause}\n".encode())
     os._exit(125)
@@ -266,17 +270,26 @@ def _import_sandlock(site: str) -> Any:
     return sandlock
 
 
-def _run_sandlock(
-    module: Any, what: dict[str, Any], env: dict[str, str], seccomp: str | None
-) -> NoReturn:
-    """Be the supervisor of a shell under Landlock and seccomp until it ends."""
+def _run_sandlock(module: Any, what: dict[str, Any], seccomp: str | None, alive: int) -> NoReturn:
+    """Be the supervisor of a shell under Landlock and seccomp until it or the warden ends.
+
+    There is no PID namespace to end with us, so we end what is in the sandbox when the warden dies.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if seccomp is not None:
         _load_filter(base64.b64decode(seccomp))
     inherit = module.StdioMode.INHERIT
-    box = module.Sandbox(**what["options"], env=env)
+    box = module.Sandbox(**what["options"], env=what["env"])
     process = box.popen(what["argv"], stdin=inherit, stdout=inherit, stderr=inherit)
     _forget_stdio()
+    threading.Thread(target=_exit_as, args=(process,), daemon=True).start()
+    os.read(alive, 1)
+    _kill_descendants()
+    os._exit(128 + signal.SIGKILL)
+
+
+def _exit_as(process: Any) -> None:
     result = process.wait()
     code: int = result.exit_code
     signalled: int = result.signal if result.signal is not None else -1
