@@ -88,7 +88,7 @@ def _run(settings: TroupeSettings, write: Any) -> None:
     try:
         with console.status("Starting Ray and Serve…"):
             running = cluster.start()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits
         console.print("Interrupted while starting.")
         raise typer.Exit(130) from None
     try:
