@@ -6,8 +6,11 @@ from contextlib import aclosing
 from typing import Any
 
 import ray
+from ray import serve
 
 from actors.desk import Route
+from actors.gateway import APP as GATEWAY_APP
+from actors.gateway import gateway_app
 from actors.kit import Kit
 from actors.manager import session_manager
 from actors.protocol import (
@@ -148,6 +151,15 @@ async def start_manager(agent: AgentSettings, actors: ActorsSettings) -> None:
     """
     lost = Unavailable("The session manager did not start.")
     await answer(session_manager(agent, actors).ready.remote(), lost, actors.call_timeout_s)
+
+
+def start_gateway(agent: AgentSettings, default_model: str) -> None:
+    """Have the model gateway running when this returns. Blocking, for a driver.
+
+    Raises:
+        RuntimeError: Serve says why it did not start.
+    """
+    serve.run(gateway_app(agent.model, default_model), name=GATEWAY_APP, route_prefix=None)
 
 
 async def drain(actors: ActorsSettings) -> None:

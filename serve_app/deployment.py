@@ -9,9 +9,7 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from actors.client import connect
-from actors.gateway import APP as GATEWAY_APP
-from actors.gateway import gateway_app
+from actors.client import connect, start_gateway
 from agent.agents import load_agents
 from serve_app.app import create_app
 from serve_app.settings import TroupeSettings
@@ -43,8 +41,7 @@ def deploy(settings: TroupeSettings) -> None:
     Raises:
         RuntimeError: Serve says why a deployment did not start.
     """
-    model = default_model(settings)
-    serve.run(gateway_app(settings.agent.model, model), name=GATEWAY_APP, route_prefix=None)
+    start_gateway(settings.agent, default_model(settings))
     # Typed as a function by Ray, whose decorator takes classes too.
     ingress: Any = serve.ingress(lambda: Edge(settings))
     edge: Any = serve.deployment(
