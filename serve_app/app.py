@@ -8,6 +8,7 @@ import structlog
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -107,6 +108,8 @@ class Envelope:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_dressed)
+            except ClientDisconnect:
+                pass  # in the middle of its body: there is nobody to tell
             except Exception as cause:  # noqa: BLE001 - nothing above would tell the caller anything
                 answer = problems.internal(cause, request_id)
                 if status == 0:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from actors.protocol import (
     Accepted,
@@ -39,6 +40,8 @@ from serve_app.problems import UnsupportedMediaType, documented
 from serve_app.settings import ServeSettings
 from serve_app.stream import EventStream
 
+BODY_WAIT_S = 60.0
+"""For a whole body: a slow line takes a few seconds for the largest; nobody holds a request open."""
 READY_WAIT_S = 5.0
 """A cluster that needs longer to say that it is ready is not."""
 
@@ -70,24 +73,32 @@ class BodyRequest(Request):
     async def read(self) -> None:
         """
         Raises:
-            TooLarge, UnsupportedMediaType, Invalid
+            TooLarge, UnsupportedMediaType, Invalid, HTTPException (408)
         """
         limit = self.app.state.settings.max_body_bytes
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
             raise _too_large(limit)
+        try:
+            async with asyncio.timeout(BODY_WAIT_S):
+                received = await self._received(limit)
+        except TimeoutError:
+            raise HTTPException(408) from None
+        if received:
+            kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise UnsupportedMediaType("Send the body as `Content-Type: application/json`.")
+            self._raw = received
+            self._value = bodies.parsed(received)
+
+    async def _received(self, limit: int) -> bytes:
         received = bytearray()
         async for chunk in self.stream():
             received += chunk
             # Over the limit the server reads on and forgets; hanging up would lose the answer.
             if len(received) > limit:
                 raise _too_large(limit)
-        if received:
-            kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise UnsupportedMediaType("Send the body as `Content-Type: application/json`.")
-            self._raw = bytes(received)
-            self._value = bodies.parsed(self._raw)
+        return bytes(received)
 
     async def body(self) -> bytes:
         return self._raw

@@ -16,10 +16,15 @@ class Announcing(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self.leaving = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        """Uvicorn's looks every 0.1 s whether to stop; hundreds of tests would wait for that."""
+        await self.leaving.wait()
 
 
 @asynccontextmanager
@@ -41,6 +46,6 @@ async def served(sessions: Sessions, settings: ServeSettings) -> AsyncGenerator[
                 await server.listening.wait()
             yield f"http://127.0.0.1:{port}"
         finally:
-            server.should_exit = True
+            server.leaving.set()
             async with asyncio.timeout(5):
                 await task

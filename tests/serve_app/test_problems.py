@@ -73,6 +73,25 @@ async def test_a_body_without_a_length_is_refused_while_it_comes(
     writer.transport.abort()
 
 
+async def test_a_client_that_leaves_in_its_body_is_no_error(
+    settings: ServeSettings, tokens: dict[str, str]
+) -> None:
+    with structlog.testing.capture_logs() as lines:
+        async with served(MemorySessions(), settings) as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+            writer.write(
+                b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+                b"Expect: 100-continue\r\nAuthorization: Bearer "
+                + tokens["alice"].encode()
+                + b"\r\n\r\n"
+            )
+            async with asyncio.timeout(5):
+                # The server says this when the handler asks for the body.
+                assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"
+            writer.transport.abort()
+    assert [(line["event"], line["status"]) for line in lines] == [("request_answered", None)]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
