@@ -62,8 +62,10 @@ class ManagerPort:
     async def find(self, session_id: str) -> Route | None:
         return await self._ask("find", session_id)
 
-    async def when_live(self, session_id: str, wait_s: float) -> Route | None:
-        return await self._ask("when_live", session_id, wait_s, extra_s=wait_s)
+    async def when_live(
+        self, session_id: str, wait_s: float, *, not_at: Route | None = None
+    ) -> Route | None:
+        return await self._ask("when_live", session_id, wait_s, not_at, extra_s=wait_s)
 
     async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         return await self._ask("close_session", who, session_id, command)

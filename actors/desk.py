@@ -276,12 +276,8 @@ class Desk:
         await self._owned(who, session_id)
 
         async def work() -> Route:
-            placed = self._placed.get(session_id)
-            if placed and placed[1] == not_at and not await placed[0].hosts(session_id):
-                await self._leave(session_id, deleted=False)
-                placed = None
-            if placed:
-                return placed[1]
+            if route := await self._checked(session_id, not_at):
+                return route
             if (await self._owned(who, session_id)).closed:
                 raise Conflict("The session is closed.")
             lease = await self._slot(session_id, who.user_id)
@@ -301,8 +297,21 @@ class Desk:
         placed = self._placed.get(session_id)
         return placed[1] if placed else None
 
-    async def when_live(self, session_id: str, wait_s: float) -> Route | None:
+    async def _checked(self, session_id: str, not_at: Route | None) -> Route | None:
+        """Where the session is. If that is where a caller did not find it, the host is asked, and a
+        session that is not there has left. Only inside a move."""
+        placed = self._placed.get(session_id)
+        if placed and placed[1] == not_at and not await placed[0].hosts(session_id):
+            await self._leave(session_id, deleted=False)
+            return None
+        return placed[1] if placed else None
+
+    async def when_live(
+        self, session_id: str, wait_s: float, *, not_at: Route | None = None
+    ) -> Route | None:
         """Wait until the session lives somewhere, or is deleted, or `wait_s` is over."""
+        if not_at is not None:
+            await self._move(session_id, lambda: self._checked(session_id, not_at))
         if route := await self.find(session_id):
             return route
         arrival = self._arrivals.setdefault(session_id, asyncio.Event())

@@ -67,8 +67,8 @@ class SessionManager:
     async def find(self, session_id: str) -> Route | None:
         return await self._desk.find(session_id)
 
-    async def when_live(self, session_id: str, wait_s: float) -> Route | None:
-        return await self._desk.when_live(session_id, wait_s)
+    async def when_live(self, session_id: str, wait_s: float, not_at: Route | None) -> Route | None:
+        return await self._desk.when_live(session_id, wait_s, not_at=not_at)
 
     async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         return await self._desk.close_session(who, session_id, command)

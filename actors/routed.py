@@ -54,7 +54,9 @@ class DeskPort(Protocol):
         self, who: Principal, session_id: str, *, not_at: Route | None = None
     ) -> Route: ...
     async def find(self, session_id: str) -> Route | None: ...
-    async def when_live(self, session_id: str, wait_s: float) -> Route | None: ...
+    async def when_live(
+        self, session_id: str, wait_s: float, *, not_at: Route | None = None
+    ) -> Route | None: ...
     async def close_session(
         self, who: Principal, session_id: str, command: AnyCommand
     ) -> Accepted: ...
@@ -146,6 +148,7 @@ class RoutedSessions:
     ) -> AsyncGenerator[Page]:
         await self._owned(who, session_id)
         route = await self._desk.find(session_id)
+        wrong: Route | None = None
         while True:
             source = (
                 self._stage(route).pages(who, session_id, cursor, turn=turn, follow=follow)
@@ -160,7 +163,8 @@ class RoutedSessions:
                         if page.end:
                             return
             except (Moved, Unavailable):
-                pass  # it left or died: the journal has the facts
+                wrong, route = route, None  # it left or died: the journal has the facts
+                continue
             except (NotFound, NoSuchSession):
                 yield Page((), cursor, end=True)  # it was there when we began
                 return
@@ -168,7 +172,11 @@ class RoutedSessions:
                 return
             if route is None:
                 yield Page((), cursor)
-            route = await self._next_route(route, session_id)
+                wait_s = self._kit.actors.page_wait_s
+                route = await self._desk.when_live(session_id, wait_s, not_at=wrong)
+            else:
+                found = await self._desk.find(session_id)
+                route = found if found == route else None  # if it moved, the journal first
 
     async def _stored(
         self, session_id: str, cursor: Cursor, turn: int | None
@@ -187,14 +195,6 @@ class RoutedSessions:
             return cursor.seq >= (await self._journal.row(session_id)).head
         except NoSuchSession:
             return True
-
-    async def _next_route(self, route: Route | None, session_id: str) -> Route | None:
-        """After a live stretch: where the session is now, the journal first if it left. After a
-        stored one: wait for it to come alive."""
-        if route is None:
-            return await self._desk.when_live(session_id, self._kit.actors.page_wait_s)
-        found = await self._desk.find(session_id)
-        return found if found == route else None
 
     # -- reads -------------------------------------------------------------------------------
 
