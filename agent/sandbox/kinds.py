@@ -20,7 +20,7 @@ _PROBE_LIMIT_S = 10.0
 _SYS_LANDLOCK_CREATE_RULESET = 444
 _LANDLOCK_ABI = 6
 """What sandlock 0.9 asks for: Linux 6.12, or 6.7 with backports."""
-_SECCOMP_FD, _PASSWD_FD = 9, 8
+_SECCOMP_FD, _PASSWD_FD = 201, 200  # above what the warden has open by then
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENV = {"PATH": _PATH, "LANG": "C.UTF-8", "TERM": "dumb", "USER": "agent", "LOGNAME": "agent",
         "SHELL": "/bin/bash", "PS1": "", "PS2": ""}  # fmt: skip

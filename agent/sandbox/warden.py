@@ -213,6 +213,7 @@ def _readable_fd(fd: int, content: bytes) -> None:
     os.write(memory, content)
     os.lseek(memory, 0, os.SEEK_SET)
     os.dup2(memory, fd)
+    os.set_inheritable(fd, True)  # dup2 to itself would have left it closed on exec
 
 
 def _mounted(plan: dict[str, Any]) -> str:

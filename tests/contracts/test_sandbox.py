@@ -336,10 +336,13 @@ async def test_a_sandbox_dies_with_its_owner(kind: str, workspace: Path) -> None
     )  # fmt: skip
     assert owner.stdout is not None
     try:
-        assert await asyncio.wait_for(owner.stdout.readline(), 15)
+        async with asyncio.timeout(15):
+            while b"ready" not in (line := await owner.stdout.readline()):
+                assert line, "the owner ended"
         await until(lambda: len(processes(mark)) >= 3)
     finally:
-        owner.send_signal(signal.SIGKILL)
+        if owner.returncode is None:
+            owner.send_signal(signal.SIGKILL)
         await owner.communicate()
     await until(lambda: processes(mark) == [])
     await until(lambda: session_cgroups() <= before)
@@ -765,6 +768,22 @@ async def test_a_session_comes_back_to_its_workspace(kind: str, workspace: Path)
         box = await open_sandbox(spec(kind), workspace, session_id="same")
         assert (await run(box, "cat log 2>/dev/null; echo one >> log")).output == expected
         await box.close()
+
+
+@running
+async def test_a_sandbox_opens_whatever_descriptors_its_owner_has(
+    kind: str, workspace: Path
+) -> None:
+    need(kind)
+    taken: list[int] = []
+    try:
+        for _ in range(10):
+            box = await open_sandbox(spec(kind), workspace, session_id="descriptors")
+            await box.close()
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 async def test_process_warns_that_it_does_not_isolate(workspace: Path) -> None:
