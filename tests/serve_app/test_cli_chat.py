@@ -5,10 +5,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from actors.protocol import Open, Principal, SendMessage, Sessions
+from agent.events import Cursor
 from tests.serve_app.test_cli import Program, troupe
 
 ALICE = Principal("alice")
+pytestmark = pytest.mark.timeout(60)
 
 
 @asynccontextmanager
@@ -25,8 +29,6 @@ async def the_session(sessions: Sessions) -> str:
 
 
 async def facts(sessions: Sessions) -> list[str]:
-    from actors.protocol import Cursor
-
     found: list[str] = []
     pages = sessions.pages(ALICE, await the_session(sessions), Cursor(), follow=False)
     async for page in pages:
