@@ -11,12 +11,12 @@ import yaml
 from actors.settings import ActorsSettings
 from agent.settings import AgentSettings
 from serve_app.auth import new_key
-from serve_app.cluster import Cluster
+from serve_app.cluster import Cluster, prepare_environment
 from serve_app.settings import ServeSettings, TroupeSettings
 from tests.support.house import AGENTS
 
-# Ray reads it when it is imported; a worker that went through `uv run` would start twice.
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+# Ray reads its switches when it is imported, which test modules do before the house starts.
+prepare_environment(os.environ)
 
 USERS = ("alice", "bob", "carol", "dave", "erin")
 SMALL = ActorsSettings(

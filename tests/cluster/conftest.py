@@ -1,26 +1,44 @@
-"""Real Ray for `tests/cluster`: one local cluster for the whole run."""
+"""Users over real HTTP on the run's one cluster."""
 
-import os
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
+import httpx
 import pytest
 
-# Ray reads these when it is imported.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# Otherwise every worker of a driver under `uv run` starts through `uv run` in a copy of the tree.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+from tests.conftest import House
+from tests.support.http import WAIT_S, User
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    import ray
+def ray_cluster(house: House) -> House:
+    """Ray with Serve, for tests that bring their own actors and deployments."""
+    return house
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 1024 * 1024,
-    )
-    yield
-    ray.shutdown()
+
+@pytest.fixture
+async def users(house: House) -> AsyncIterator[dict[str, User]]:
+    """Every user of the house. What they opened is deleted afterwards."""
+    async with AsyncExitStack() as stack:
+        found: dict[str, User] = {}
+        for name, key in house.keys.items():
+            http = httpx.AsyncClient(
+                base_url=house.url,
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=WAIT_S,
+                limits=httpx.Limits(max_connections=100),
+            )
+            found[name] = User(name, await stack.enter_async_context(http))
+        yield found
+        await asyncio.gather(*(user.cleared() for user in found.values()))
+
+
+@pytest.fixture
+def alice(users: dict[str, User]) -> User:
+    return users["alice"]
+
+
+@pytest.fixture
+def bob(users: dict[str, User]) -> User:
+    return users["bob"]

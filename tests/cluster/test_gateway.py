@@ -13,7 +13,6 @@ import ray
 from ray import serve
 
 from actors.gateway import (
-    APP,
     BUFFER_ITEMS,
     DEPLOYMENT,
     GatewayModel,
@@ -35,6 +34,8 @@ from tests.support.openai_server import Mark, OpenAIServer, Refuse, Stream, word
 
 pytestmark = pytest.mark.timeout(120)
 WAIT_S = 5
+APP = "gateway-under-test"
+"""Beside the gateway of the house, which other tests use."""
 PROVIDER_MODEL = "hosted_vllm/test"
 """Speaks OpenAI's protocol and needs no key in the replica's environment."""
 
@@ -136,7 +137,7 @@ class Session:
     """The place of a session actor: one loop, a GatewayModel."""
 
     def __init__(self) -> None:
-        self._model = GatewayModel()
+        self._model = GatewayModel(app_name=APP)
         self._reading: asyncio.Task[Any] | None = None
 
     async def asked(self, request: ModelRequest) -> list[Any]:
