@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from agent import logs
 from agent.faults import ModelFault, ModelUnavailable
 from agent.model.contract import (
     Completion,
@@ -111,6 +112,7 @@ class GatewayReplica(ModelGateway):
     """`ModelGateway` as Serve runs it."""
 
     def __init__(self, settings: ModelSettings, default_model: str) -> None:
+        logs.configure()
         model: RoutedModel = model_from(settings)
         super().__init__(model)
         # Beside the replica's start, so that scripted models answer at once.

@@ -4,6 +4,7 @@ Detached and restarted by Ray for ever; a restarted one finds the session actors
 must go on when a caller leaves runs in the desk's own tasks.
 """
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ from actors.rayhost import RayHost, RayHosts
 from actors.remote import NAMESPACE
 from actors.session import MANAGER, MAX_CONCURRENCY, kit_of
 from actors.settings import ActorsSettings
+from agent import logs
 from agent.agents import load_agents
 from agent.journal import SessionRow
 from agent.settings import AgentSettings
@@ -30,8 +32,10 @@ from agent.settings import AgentSettings
 
 class SessionManager:
     async def __init__(self, agent: AgentSettings, actors: ActorsSettings) -> None:
+        logs.configure()
         self._hosts = RayHosts(agent, actors, died=self._host_died)
-        agents = load_agents([agent.agents_dir] if agent.agents_dir else [])
+        dirs = [agent.agents_dir] if agent.agents_dir else []
+        agents = await asyncio.to_thread(load_agents, dirs)
         kit = await kit_of(agent, actors)
         self._desk = Desk(kit, self._hosts, agents, default_model=agent.default_model)
         for host in self._hosts.survivors():

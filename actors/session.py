@@ -13,6 +13,7 @@ from actors.kit import Kit
 from actors.protocol import Accepted, AnyCommand, Principal
 from actors.remote import NAMESPACE
 from actors.settings import ActorsSettings
+from agent import logs
 from agent.events import Cursor, Page
 from agent.journals import open_journal
 from agent.settings import AgentSettings
@@ -30,6 +31,7 @@ async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
 
 class SessionActor:
     async def __init__(self, name: str, agent: AgentSettings, actors: ActorsSettings) -> None:
+        logs.configure()
         self._kit = await kit_of(agent, actors)
         self._host = SessionHost(self._kit, name, self._tell)
         self._manager: Any = None

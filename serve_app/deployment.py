@@ -4,12 +4,14 @@ Replicas hold no state: any number of them works. Paths in the settings are abso
 replica's working directory is not the operator's.
 """
 
+import asyncio
 from typing import Any
 
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from actors.client import connect, start_gateway
+from agent import logs
 from agent.agents import load_agents
 from serve_app.app import create_app
 from serve_app.settings import TroupeSettings
@@ -30,8 +32,9 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            logs.configure()
             sessions = await connect(self._settings.agent, self._settings.actors)
-            self._app = create_app(sessions, self._settings.serve)
+            self._app = await asyncio.to_thread(create_app, sessions, self._settings.serve)
         await self._app(scope, receive, send)
 
 

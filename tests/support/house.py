@@ -83,6 +83,7 @@ class Wait(Echo):
 
 
 AGENTS = Path(__file__).parent / "agents"
+KNOWN = load_agents([AGENTS])
 
 
 async def open_fake_sandbox(spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox:
@@ -115,7 +116,7 @@ def kit_for(
 
 @asynccontextmanager
 async def local_house(kit: Kit, *agents: AgentSpec) -> AsyncIterator[LocalSessions]:
-    known = load_agents([AGENTS]) | {spec.name: spec for spec in agents}
+    known = KNOWN | {spec.name: spec for spec in agents}
     async with LocalSessions(kit, known) as sessions:
         yield sessions
 
