@@ -43,7 +43,7 @@ async def open_sandbox(spec: SandboxSpec, workspace: Path, *, session_id: str) -
     if kind == "process":
         log.warning("sandbox_without_isolation", session_id=session_id)
     root = await asyncio.to_thread(workspace.absolute)
-    uid = session_uid(session_id) if kind != "process" else None
+    uid = None if kind == "process" else await asyncio.to_thread(session_uid, session_id)
     launch = await asyncio.to_thread(kinds.launch, kind, spec, root, session_id)
     files = await asyncio.to_thread(_opened, root, uid, spec)
     sandbox = LocalSandbox(kind, spec, launch, files)
