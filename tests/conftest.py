@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from blockbuster import blockbuster_ctx
 
 from actors.settings import ActorsSettings
+from agent import logs
 from agent.settings import AgentSettings
 from serve_app.auth import new_key
 from serve_app.cluster import Cluster, prepare_environment
@@ -17,6 +19,8 @@ from tests.support.house import AGENTS
 
 # Ray reads its switches when it is imported, which test modules do before the house starts.
 prepare_environment(os.environ)
+
+logs.configure()
 
 USERS = ("alice", "bob", "carol", "dave", "erin")
 SMALL = ActorsSettings(
@@ -49,6 +53,14 @@ def house_settings(
         serve=ServeSettings(port=0, keys_file=keys_file),
     )
     return settings, {user: key.token for user, key in keys.items()}
+
+
+@pytest.fixture
+def no_blocking_calls() -> Iterator[None]:
+    """Our code fails where it blocks an event loop. Not for tests that load litellm: the detector
+    looks at every `stat` of an import."""
+    with blockbuster_ctx(["agent", "actors"]):
+        yield
 
 
 @pytest.fixture(scope="session")

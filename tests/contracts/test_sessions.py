@@ -31,6 +31,7 @@ from actors.protocol import (
 from agent.events import Cursor, Decision
 from tests.support.house import ALICE, BOB, follow, puppet, turn_of
 
+pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 SAY = puppet({"say": "Hello there.", "chunks": 3})
 
 
