@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -74,7 +75,10 @@ async def test_open_with_seeds_starts_with_their_summary(alice: User) -> None:
 
 
 async def test_repeating_a_key_returns_the_first_answer(alice: User) -> None:
-    opening: dict[str, Any] = {"headers": {"Idempotency-Key": "open-1"}, "json": {"title": "One"}}
+    opening: dict[str, Any] = {
+        "headers": {"Idempotency-Key": uuid4().hex},
+        "json": {"title": "One"},
+    }
     first, again = await asyncio.gather(
         *(alice.http.post("/v1/sessions", **opening) for _ in range(2))
     )
@@ -366,7 +370,7 @@ async def test_two_users_cannot_see_each_other_in_anything(alice: User, bob: Use
     assert (await bob.get("/v1/sessions"))["data"] == []
     assert (await bob.get("/v1/capacity"))["user"]["live"] == 0
     # Not even a key of one's own reaches another's session.
-    key: dict[str, Any] = {"headers": {"Idempotency-Key": "same"}, "json": {}}
+    key: dict[str, Any] = {"headers": {"Idempotency-Key": uuid4().hex}, "json": {}}
     hers, his = (
         await alice.http.post("/v1/sessions", **key),
         await bob.http.post("/v1/sessions", **key),

@@ -46,33 +46,30 @@ class Leaf:
 
     def __init__(self) -> None:
         self._events = Events()
-        self.n_made = 0
 
     async def work(self, tag: str) -> str:
         self._events.happened(f"{tag} began")
         try:
-            await self._events.wait("go")
+            await self._events.wait(f"{tag} go")
         except asyncio.CancelledError:
             self._events.happened(f"{tag} cancelled")
             raise
         self._events.happened(f"{tag} done")
         return tag
 
-    async def numbers(self, limit: int) -> AsyncGenerator[int]:
+    async def numbers(self, tag: str, limit: int) -> AsyncGenerator[int]:
+        ended = f"{tag} stopped"
         try:
             for n in range(limit):
-                self.n_made = n
-                if n == 50:
-                    self._events.happened("fifty")
                 yield n
                 await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
-            self._events.happened("numbers cancelled")
-            raise
-        self._events.happened("numbers done")
+            ended = f"{tag} done"
+        finally:
+            # Not always a CancelledError: cancelled just between two items, it is closed instead.
+            self._events.happened(ended)
 
-    async def go(self) -> None:
-        self._events.happened("go")
+    async def go(self, tag: str) -> None:
+        self._events.happened(f"{tag} go")
 
     async def seen(self, name: str) -> bool:
         await self._events.wait(name)
@@ -106,43 +103,47 @@ class Middle:
         return await self._leaf.work.remote(tag)
 
 
+@pytest.fixture(scope="module")
+def leaf(ray_cluster: object) -> Any:
+    """Shared, since a process takes seconds to start: tests tell their work apart by tags."""
+    return Leaf.remote()
+
+
 async def got(reference: Any) -> Any:
     return await answer(reference, Unavailable("no answer"), WAIT_S)
 
 
-async def test_cancelling_a_request_reaches_its_calls_but_not_those_of_a_clean_context() -> None:
-    leaf: Any = Leaf.remote()
+async def test_cancelling_a_request_reaches_its_calls_but_not_those_of_a_clean_context(
+    leaf: Any,
+) -> None:
     middle: Any = Middle.remote(leaf)
     request = middle.request.remote()
     assert await got(leaf.seen.remote("inside began"))
     assert await got(leaf.seen.remote("detached began"))
     ray.cancel(request, recursive=True)
     assert await got(leaf.seen.remote("inside cancelled"))
-    await got(leaf.go.remote())
+    await got(leaf.go.remote("detached"))
     assert await got(leaf.seen.remote("detached done"))
 
 
-async def test_a_dropped_stream_runs_on_in_the_actor() -> None:
-    leaf: Any = Leaf.remote()
-    stream = leaf.numbers.options(num_returns="streaming").remote(60)
+async def test_a_dropped_stream_runs_on_in_the_actor(leaf: Any) -> None:
+    stream = leaf.numbers.options(num_returns="streaming").remote("dropped", 60)
     assert await anext(stream) is not None
     del stream
-    assert await got(leaf.seen.remote("fifty"))
-    assert await got(leaf.seen.remote("numbers done"))
+    assert await got(leaf.seen.remote("dropped done"))
 
 
-async def test_leaving_items_ends_the_stream_in_the_actor() -> None:
-    leaf: Any = Leaf.remote()
-    stream = leaf.numbers.options(num_returns="streaming").remote(100_000)
+async def test_leaving_items_ends_the_stream_in_the_actor(leaf: Any) -> None:
+    stream = leaf.numbers.options(num_returns="streaming").remote("left", 100_000)
     async with aclosing(items(stream, LOST)) as numbers:
         assert [await anext(numbers) for _ in range(3)] == [0, 1, 2]
-    assert await got(leaf.seen.remote("numbers cancelled"))
+    assert await got(leaf.seen.remote("left stopped"))
 
 
 async def test_items_of_a_dead_actor_end_as_lost() -> None:
     leaf: Any = Leaf.remote()
     pid = await got(leaf.pid.remote())
-    stream = leaf.numbers.options(num_returns="streaming").remote(100_000)
+    stream = leaf.numbers.options(num_returns="streaming").remote("left", 100_000)
     async with asyncio.timeout(WAIT_S), aclosing(items(stream, LOST)) as numbers:
         assert await anext(numbers) == 0
         os.kill(pid, signal.SIGKILL)
@@ -159,8 +160,7 @@ async def test_items_of_a_dead_actor_end_as_lost() -> None:
     ],
     ids=lambda fault: fault.code,
 )
-async def test_a_remote_fault_arrives_as_itself(fault: Fault) -> None:
-    leaf: Any = Leaf.remote()
+async def test_a_remote_fault_arrives_as_itself(leaf: Any, fault: Fault) -> None:
     with pytest.raises(Fault) as caught:
         await answer(leaf.raises.remote(fault), LOST, WAIT_S)
     assert type(caught.value) is type(fault)
@@ -168,8 +168,7 @@ async def test_a_remote_fault_arrives_as_itself(fault: Fault) -> None:
     assert str(caught.value) == fault.detail  # no pid, no address, no traceback
 
 
-async def test_a_defect_arrives_without_its_words() -> None:
-    leaf: Any = Leaf.remote()
+async def test_a_defect_arrives_without_its_words(leaf: Any) -> None:
     with pytest.raises(Unavailable) as caught:
         await answer(leaf.breaks.remote(), LOST, WAIT_S)
     assert "secret" not in str(caught.value)
@@ -186,8 +185,7 @@ async def test_an_outstanding_call_fails_when_the_process_is_killed() -> None:
             await answer(call, LOST, 3600)
 
 
-async def test_a_call_that_takes_too_long_is_lost() -> None:
-    leaf: Any = Leaf.remote()
+async def test_a_call_that_takes_too_long_is_lost(leaf: Any) -> None:
     call = leaf.work.remote("slow")
     assert await got(leaf.seen.remote("slow began"))
     with pytest.raises(Moved):

@@ -108,11 +108,12 @@ async def test_a_caller_that_leaves_after_the_message_was_taken_has_its_turn(ali
 
 
 async def test_a_caller_that_leaves_while_a_session_opens_leaks_no_slot(alice: User) -> None:
+    key = uuid.uuid4().hex
     for n, after_s in enumerate((0.0, 0.0, 0.001, 0.003, 0.01, 0.03)):
-        await sent_and_left(alice, "/v1/sessions", b"{}", key=f"open-{n}", after_s=after_s)
+        await sent_and_left(alice, "/v1/sessions", b"{}", key=f"{key}-{n}", after_s=after_s)
     # The same keys lead to the sessions that were opened, and to new ones for the rest.
     for n in range(6):
-        answer = await alice.http.post("/v1/sessions", json={"message_id": f"open-{n}"})
+        answer = await alice.http.post("/v1/sessions", json={"message_id": f"{key}-{n}"})
         assert answer.status_code == 201
     assert len((await alice.get("/v1/sessions"))["data"]) == 6
     capacity = await alice.get("/v1/capacity")
