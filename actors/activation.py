@@ -9,8 +9,7 @@ The turn task and every commit run detached from requests (`actors.detached`).
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from datetime import UTC, date, datetime, timedelta
-from fnmatch import fnmatchcase
+from contextlib import AsyncExitStack
 from typing import Any, Literal, NamedTuple, Self
 
 import structlog
@@ -23,14 +22,12 @@ from actors.protocol import (
     Accepted,
     AnyCommand,
     Close,
-    Conflict,
-    Interrupt,
     Moved,
     NotFound,
     Principal,
-    QuotaExceeded,
     Unavailable,
 )
+from actors.quotas import charge
 from agent.context import Context, Rest
 from agent.events import (
     Activated,
@@ -72,6 +69,9 @@ class Report(NamedTuple):
 
 log = structlog.get_logger()
 
+CARD_WAIT_S = 5.0
+"""For the facts about a model. Without them a default window stands."""
+
 
 class Activation:
     """Hosts one session while it lives here. Implements `agent.loop.Run`."""
@@ -109,7 +109,7 @@ class Activation:
 
         Raises:
             NoSuchSession, JournalFault
-            Conflict: the session is closed.
+            Moved: the session is closed.
         """
         self = cls(kit, session_id, tell)
         self.user_token = user_token
@@ -119,13 +119,12 @@ class Activation:
         self.context = Context(self.tools.idempotent, kit.agent.model.default_window_tokens)
         self.context.fold(records)
         if self.context.closed:
-            raise Conflict("The session is closed.")
+            raise Moved("The session is closed.")
         self.context.epoch = epoch
         self.feed = Feed(epoch, self.context.head, ring_events=kit.actors.ring_events)
         self._log = self._log.bind(epoch=epoch)
         lost = [SandboxClosed(reason="lost")] if self.context.sandbox_open else []
         await self.commit(*lost, Activated(epoch=epoch, reason=self._why(epoch)))
-        self._kick()
         return self
 
     def _why(self, epoch: int) -> Literal["opened", "woken", "recovered"]:
@@ -162,6 +161,10 @@ class Activation:
                 raise
             self.context.fold(records)
             self.feed.show_records(records)
+            # Here and not in the caller: who asked may have left by now, and the facts count.
+            if any(isinstance(record.fact, InterruptRequested) for record in records):
+                self._interrupt_step()
+            self._kick()
             return records
 
     def _lose(self, fault: Fault) -> None:
@@ -199,9 +202,6 @@ class Activation:
             records = await self._commit(lambda: [self._fact_of(command)])
         except Repeated as repeated:
             return repeated.answer
-        if isinstance(command, Interrupt):
-            self._interrupt_step()
-        self._kick()
         [record] = records
         return Accepted(record.fact.turn, str(Cursor(record.seq)), _n_messages(record.fact))
 
@@ -215,7 +215,7 @@ class Activation:
         return fact_of(self.context, command, max_queued=self._kit.actors.max_queued_turns)
 
     async def _charge(self, fact: Command) -> None:
-        """Count the session against the quotas of the model that is about to work.
+        """Count the session against the quotas of the model that the command sets to work.
 
         Raises:
             QuotaExceeded
@@ -225,23 +225,8 @@ class Activation:
             model, is_due = fact.model, self.context.turn is not None
         else:
             model, is_due = self.context.model, opens_turn
-        if not is_due:
-            return
-        now = datetime.now(UTC)
-        for group, quota in self._kit.actors.quotas.items():
-            if fnmatchcase(model, quota.models) and not await self._kit.journal.charge_quota(
-                self.context.opened.user_id,
-                group,
-                self.session_id,
-                day=now.date(),
-                limit=quota.per_day,
-            ):
-                raise QuotaExceeded(
-                    f"{quota.per_day} sessions a day may use models of the group {group}.",
-                    group=group,
-                    limit=quota.per_day,
-                    retry_after_s=_to_tomorrow_s(now),
-                )
+        if is_due:
+            await charge(self._kit, self.context.opened.user_id, self.session_id, model)
 
     # -- the turn ----------------------------------------------------------------------------
 
@@ -254,7 +239,7 @@ class Activation:
     async def _advance(self) -> None:
         self._report("busy")
         try:
-            await self._measure_window()
+            await self.interruptible(self._measure_window())
             await advance(self)
         except JournalFault as fault:
             self._lose(fault)
@@ -280,10 +265,11 @@ class Activation:
         if self._measured_model == self.context.model:
             return
         try:
-            card = await self.model.card(self.context.model)
-        except ModelFault as fault:
+            async with asyncio.timeout(CARD_WAIT_S):
+                card = await self.model.card(self.context.model)
+        except (ModelFault, TimeoutError):
             # The default stands; if the model is really out of reach, its call will say so.
-            self._log.warning("window_unknown", model=self.context.model, code=fault.code)
+            self._log.warning("window_unknown", model=self.context.model)
             return
         self.context.window_tokens = card.window_tokens
         self._measured_model = self.context.model
@@ -319,7 +305,10 @@ class Activation:
             self.context.spec.sandbox, workspace, session_id=self.session_id
         )
         latency_ms = round((self.now_s() - began_s) * 1000)
-        await self.commit(SandboxOpened(kind=sandbox.kind, latency_ms=latency_ms))
+        async with AsyncExitStack() as unless_told:
+            unless_told.push_async_callback(sandbox.close)
+            await self.commit(SandboxOpened(kind=sandbox.kind, latency_ms=latency_ms))
+            unless_told.pop_all()
         return sandbox
 
     # -- the end of an incarnation -----------------------------------------------------------
@@ -362,10 +351,11 @@ class Activation:
     async def _close_sandbox(self, reason: str) -> list[Fact]:
         if self._sandbox is None:
             return []
-        await asyncio.wait({self._sandbox})
-        if self._sandbox.exception():
+        await self._in_time({self._sandbox})
+        if self._sandbox.cancelled() or self._sandbox.exception():
             return []
-        await self._sandbox.result().close()
+        closing = self._tasks.start(self._sandbox.result().close(), name="close sandbox")
+        await self._in_time({closing})
         self._sandbox = None
         return [SandboxClosed(reason=reason)] if self.context.sandbox_open else []
 
@@ -373,7 +363,16 @@ class Activation:
         """End the turn task where it is: an open turn stays open in the journal."""
         if self._turn_task is not None:
             self._turn_task.cancel()
-            await asyncio.wait({self._turn_task})
+            await self._in_time({self._turn_task})
+
+    async def _in_time(self, tasks: set[asyncio.Task[Any]]) -> None:
+        """
+        Raises:
+            Unavailable: they did not end in `close_wait_s`; in a process of its own, the process goes.
+        """
+        _, late = await asyncio.wait(tasks, timeout=self._kit.actors.close_wait_s)
+        if late:
+            raise Unavailable("The session does not come to rest.", retry_after_s=5)
 
     async def _close(self, command: Close) -> Accepted:
         """Interrupt every open turn, come to rest, write the last fact and the trajectory."""
@@ -386,11 +385,8 @@ class Activation:
             await self._commit(interrupts)
         except Repeated as repeated:
             return repeated.answer
-        self._interrupt_step()
         if self._turn_task is not None:
-            _, late = await asyncio.wait({self._turn_task}, timeout=self._kit.actors.close_wait_s)
-            if late:
-                raise Unavailable("The session does not come to rest.", retry_after_s=5)
+            await self._in_time({self._turn_task})
         if self._leaving or self.context.open_turns:
             raise Moved("The session is leaving.")
         self._leaving = True
@@ -399,6 +395,13 @@ class Activation:
         return Accepted(0, str(Cursor(self.context.head)))
 
     async def write_trajectory(self) -> None:
+        """Best effort: everything is in the journal, from which it can be made again."""
+        try:
+            await self._write_trajectory()
+        except (OSError, JournalFault):
+            self._log.exception("trajectory_not_written")
+
+    async def _write_trajectory(self) -> None:
         records = await read_all(self._kit.journal, self.session_id)
         secrets = [self.user_token] if self.user_token else []
         made = await asyncio.to_thread(
@@ -407,13 +410,19 @@ class Activation:
         await asyncio.to_thread(write_trajectory, self._kit.trajectory_path(self.session_id), made)
 
     async def end(self, *, deleted: bool = False) -> None:
-        """End whatever still runs here, at once and without a last fact. Idempotent."""
+        """End whatever still runs here, at once and without a last fact. Idempotent.
+
+        Raises:
+            Unavailable: something does not end; the process must.
+        """
         self._leaving = True
         self._deleted = deleted
-        await self._stop_turn()
-        await self._close_sandbox("ended")
-        self.feed.close()
-        await self._tasks.close()
+        try:
+            await self._stop_turn()
+            await self._close_sandbox("ended")
+        finally:
+            self.feed.close()
+            await self._tasks.close(self._kit.actors.close_wait_s)
 
     # -- reads -------------------------------------------------------------------------------
 
@@ -427,9 +436,15 @@ class Activation:
         stretch_s: float = 30.0,
     ) -> AsyncGenerator[Page]:
         """Pages after `cursor` for at most about `stretch_s`, or until the session leaves: the reader
-        comes back with its cursor. See `actors.protocol.Sessions.pages`."""
+        comes back with its cursor. See `actors.protocol.Sessions.pages`.
+
+        Raises:
+            NotFound
+            Moved: the session has left, and everything that it showed was read.
+        """
         self._check_owner(who)
         until_s = self.now_s() + stretch_s
+        silent_since_s = self.now_s()
         while True:
             page = await self._page(cursor, turn)
             at_head = page.cursor == cursor and not page.frames
@@ -437,17 +452,20 @@ class Activation:
             over = turn is not None and self.context.has_ended(turn)
             if self._deleted or (at_head and over):
                 page = page._replace(end=True)
-            if page.frames or page.end:
+            beat_s = self._kit.actors.page_wait_s
+            if page.frames or page.end or self.now_s() - silent_since_s >= beat_s:
+                silent_since_s = self.now_s()
                 yield page
             if page.end:
                 return
             if not at_head:
                 continue
-            if not follow or self.feed.closed or self.now_s() >= until_s:
+            if self.feed.closed and follow:
+                raise Moved("The session has left.")
+            if not follow or self.now_s() >= until_s:
                 yield page
                 return
-            if not await self.feed.changed(self._kit.actors.page_wait_s):
-                yield page
+            await self.feed.changed(beat_s)
 
     async def _page(self, cursor: Cursor, turn: int | None) -> Page:
         if self.feed.covers(cursor):
@@ -458,9 +476,3 @@ class Activation:
 
 def _n_messages(fact: Fact) -> int | None:
     return len(fact.messages) if isinstance(fact, SeedRequested) else None
-
-
-def _to_tomorrow_s(now: datetime) -> int:
-    tomorrow = datetime.combine(date(now.year, now.month, now.day) + timedelta(days=1), now.time())
-    midnight = tomorrow.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=UTC)
-    return max(1, round((midnight - now).total_seconds()))

@@ -4,7 +4,6 @@
 what it saw still holds when its fact is written.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +37,7 @@ from agent.events import (
     SessionClosed,
     UserMessage,
 )
+from agent.jsontext import is_object
 from agent.transcript import well_formed
 
 
@@ -97,7 +97,7 @@ def _decisions(context: Context, command: Decide) -> Command:
     for decision in command.decisions:
         if (decision.decision == "edit") != (decision.arguments is not None):
             raise Invalid("`edit`, and only `edit`, carries arguments.")
-        if decision.arguments is not None and not _is_object(decision.arguments):
+        if decision.arguments is not None and not is_object(decision.arguments):
             raise Invalid("The edited arguments are no JSON object.")
     return ApprovalDecided(
         turn=context.n_turns + 1, message_id=command.message_id, decisions=command.decisions
@@ -188,10 +188,3 @@ _FACTS: dict[type[Any], type[Command]] = {
     Seed: SeedRequested,
     Close: SessionClosed,
 }
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False

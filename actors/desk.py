@@ -26,11 +26,13 @@ from actors.protocol import (
     Count,
     Invalid,
     LaneCount,
+    Moved,
     NotFound,
     Open,
     Principal,
     Unavailable,
 )
+from actors.quotas import charge
 from agent.events import Fact, SessionOpened
 from agent.faults import NoSuchSession, SessionExists
 from agent.journal import SessionRow
@@ -52,6 +54,14 @@ class Route(NamedTuple):
 
     host: str
     epoch: int
+
+
+class Arrival:
+    """Readers that wait for a session to live."""
+
+    def __init__(self) -> None:
+        self.came = asyncio.Event()
+        self.n_waiting = 0
 
 
 class Host(Protocol):
@@ -106,7 +116,7 @@ class Desk:
         self._placed: dict[str, tuple[Host, Route]] = {}
         self._moves: dict[str, asyncio.Task[Any]] = {}
         """The last move of each session that is moving."""
-        self._arrivals: dict[str, asyncio.Event] = {}
+        self._arrivals: dict[str, Arrival] = {}
         self._tokens: dict[str, str] = {}
         self._tasks = Detached()
         self._draining = False
@@ -146,6 +156,8 @@ class Desk:
                 return row
             lease = await self._slot(session_id, who.user_id)
             with self.ledger.returned_on_failure(lease):
+                if seeds:
+                    await charge(self._kit, who.user_id, session_id, opened.model)
                 await self._create(opened, *seeds)
                 self._remember(session_id, command.user_token)
                 await self._place(lease)
@@ -234,7 +246,7 @@ class Desk:
         confirmed = False
         try:
             epoch = await host.adopt(session_id, self._tokens.get(session_id))
-            confirmed = self.ledger.confirm(lease)
+            confirmed = self.ledger.confirm(lease, epoch)
         finally:
             if not confirmed:
                 await self._hosts.give_back(host, clean=False)
@@ -251,9 +263,10 @@ class Desk:
             await self._hosts.give_back(placed[0], clean=clean)
 
     def take_over(self, host: Host, route: Route, session_id: str, user_id: str) -> None:
-        """Count a session that lived before this desk did. It holds its slot even above a limit that
-        was lowered meanwhile."""
-        self.ledger.take_over(session_id, user_id)
+        """Count a session that lived before this desk did, once. It holds its slot even above a limit
+        that was lowered meanwhile."""
+        if session_id not in self._placed:
+            self.ledger.take_over(session_id, user_id, route.epoch)
         self._placed[session_id] = (host, route)
 
     def _remember(self, session_id: str, user_token: str | None) -> None:
@@ -271,7 +284,8 @@ class Desk:
         `not_at` is a route that the caller found wrong: it is checked before it is given again.
 
         Raises:
-            NotFound, Conflict (closed), AtCapacity, Unavailable
+            NotFound, AtCapacity, Unavailable
+            Moved: the session is closed.
         """
         await self._owned(who, session_id)
 
@@ -279,7 +293,7 @@ class Desk:
             if route := await self._checked(session_id, not_at):
                 return route
             if (await self._owned(who, session_id)).closed:
-                raise Conflict("The session is closed.")
+                raise Moved("The session was closed meanwhile.")
             lease = await self._slot(session_id, who.user_id)
             with self.ledger.returned_on_failure(lease):
                 return await self._place(lease)
@@ -302,7 +316,7 @@ class Desk:
         session that is not there has left. Only inside a move."""
         placed = self._placed.get(session_id)
         if placed and placed[1] == not_at and not await placed[0].hosts(session_id):
-            await self._leave(session_id, deleted=False)
+            await self._leave(session_id)
             return None
         return placed[1] if placed else None
 
@@ -310,34 +324,51 @@ class Desk:
         self, session_id: str, wait_s: float, *, not_at: Route | None = None
     ) -> Route | None:
         """Wait until the session lives somewhere, or is deleted, or `wait_s` is over."""
-        if not_at is not None:
-            await self._move(session_id, lambda: self._checked(session_id, not_at))
-        if route := await self.find(session_id):
-            return route
-        arrival = self._arrivals.setdefault(session_id, asyncio.Event())
         try:
             async with asyncio.timeout(wait_s):
-                await arrival.wait()
+                if not_at is not None:
+                    await self._move(session_id, lambda: self._checked(session_id, not_at))
+                if session_id not in self._placed:
+                    await self._arrival(session_id)
         except TimeoutError:
             pass
         return await self.find(session_id)
 
+    async def _arrival(self, session_id: str) -> None:
+        arrival = self._arrivals.setdefault(session_id, Arrival())
+        arrival.n_waiting += 1
+        try:
+            await arrival.came.wait()
+        finally:
+            arrival.n_waiting -= 1
+            if not arrival.n_waiting and self._arrivals.get(session_id) is arrival:
+                del self._arrivals[session_id]
+
     def _announce(self, session_id: str) -> None:
         if arrival := self._arrivals.pop(session_id, None):
-            arrival.set()
+            arrival.came.set()
 
     # -- ends ----------------------------------------------------------------------------------
 
     async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
-        """Carry out a Close and free the slot."""
+        """Carry out a Close and free the slot.
+
+        Raises:
+            Moved: it was closed or left meanwhile.
+        """
         await self.wake(who, session_id)
 
         async def work() -> Accepted:
             placed = self._placed.get(session_id)
             if placed is None:
-                raise Unavailable("The session left meanwhile.", retry_after_s=1)
-            accepted = await placed[0].submit(who, session_id, command)
-            await self._leave(session_id, deleted=False)
+                raise Moved("The session left meanwhile.")
+            try:
+                accepted = await placed[0].submit(who, session_id, command)
+            finally:
+                # Closed, or stuck on the way: in either case it takes no commands any more.
+                if not await placed[0].hosts(session_id):
+                    await self._leave(session_id)
+            self._tokens.pop(session_id, None)
             return accepted
 
         return await self._move(session_id, work)
@@ -357,12 +388,12 @@ class Desk:
 
         await self._move(session_id, work)
 
-    async def _leave(self, session_id: str, *, deleted: bool) -> None:
+    async def _leave(self, session_id: str, *, deleted: bool = False, clean: bool = True) -> None:
         """End whatever lives of a session, and give its slot back."""
         if placed := self._placed.get(session_id):
             try:
                 await placed[0].end(session_id, deleted=deleted)
-                await self._vacate(session_id, clean=True)
+                await self._vacate(session_id, clean=clean)
             except Exception:
                 log.exception("end_failed", session_id=session_id)
                 await self._vacate(session_id, clean=False)
@@ -383,24 +414,22 @@ class Desk:
 
     async def close(self) -> None:
         """End the desk's own tasks."""
-        await self._tasks.close()
+        await self._tasks.close(self._kit.actors.close_wait_s)
 
     # -- reports -------------------------------------------------------------------------------
 
     def note(self, report: Report) -> None:
-        """What an activation says of itself; one of an earlier epoch is passed over."""
-        placed, lease = self._placed.get(report.session_id), self.ledger.get(report.session_id)
-        if lease is None or (placed is not None and placed[1].epoch != report.epoch):
-            return
+        """What an activation says of itself. One of an earlier epoch changes nothing."""
         if report.change == "lost":
-            self._tasks.start(self._lost(report.session_id, lease), name="lost")
-        else:
-            self.ledger.note(lease, report.n, is_busy=report.change == "busy")
+            self._tasks.start(self._lost(report.session_id, report.epoch), name="lost")
+        elif lease := self.ledger.get(report.session_id):
+            self.ledger.note(lease, report.epoch, report.n, is_busy=report.change == "busy")
 
-    async def _lost(self, session_id: str, lease: Lease) -> None:
+    async def _lost(self, session_id: str, epoch: int) -> None:
         async def work() -> None:
-            if self.ledger.holds(lease):
-                await self._leave(session_id, deleted=False)
+            placed = self._placed.get(session_id)
+            if placed is not None and placed[1].epoch == epoch:
+                await self._leave(session_id, clean=False)
 
         await self._move(session_id, work)
 

@@ -42,12 +42,13 @@ class Detached:
             task.add_done_callback(_retrieved)
             raise
 
-    async def close(self) -> None:
-        """Cancel what still runs and wait for it."""
-        tasks = list(self._tasks)
+    async def close(self, wait_s: float) -> bool:
+        """Cancel what still runs and wait for it. False: something runs on after `wait_s`."""
+        tasks = self._tasks - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            task.add_done_callback(_retrieved)
+        return not tasks or not (await asyncio.wait(tasks, timeout=wait_s))[1]
 
 
 def _retrieved(task: asyncio.Task[Any]) -> None:

@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from agent import logs
-from agent.faults import ModelFault, ModelUnavailable
+from agent.faults import ModelFault, ModelUnavailable, boundary
 from agent.model.contract import (
     Completion,
     Model,
@@ -77,9 +77,10 @@ class ModelGateway:
 
     async def _pump(self, request: ModelRequest, ready: asyncio.Queue[Item | None]) -> None:
         try:
-            async with aclosing(self._model.stream(request)) as stream:
-                async for item in stream:
-                    await ready.put(item)
+            with boundary(ModelFault, "The model gateway failed."):
+                async with aclosing(self._model.stream(request)) as stream:
+                    async for item in stream:
+                        await ready.put(item)
         except ModelFault:
             await ready.put(None)
             raise

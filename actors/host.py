@@ -82,6 +82,9 @@ class SessionHost:
         activation = self._activations.get(session_id)
         if activation is None:
             return True
+        if activation.is_leaving:  # it could not leave in good order before
+            await self.end(session_id)
+            return True
         if not await activation.passivate(reason):
             return False
         await self.end(session_id)

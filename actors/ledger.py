@@ -26,8 +26,9 @@ class Lease:
     state: Literal["reserved", "live", "passivating"] = "reserved"
     idle_since_s: float | None = None
     """None: a turn runs."""
-    n_noted: int = 0
-    """The newest report that was taken in: older ones, that came later, are passed over."""
+    noted: tuple[int, int] = (0, 0)
+    """Epoch and number of the newest report that was taken in: older ones, that came later, are
+    passed over."""
 
 
 class Refusal(NamedTuple):
@@ -75,10 +76,10 @@ class Ledger:
             return Refusal("global", len(self._leases), self.max_sessions)
         return self._enter(Lease(session_id, user_id, lane, self._now_s()))
 
-    def take_over(self, session_id: str, user_id: str, lane: Lane = "interactive") -> Lease:
+    def take_over(self, session_id: str, user_id: str, epoch: int) -> Lease:
         """Enter a session that already lives: for a ledger that begins anew beside living actors."""
-        lease = self._enter(Lease(session_id, user_id, lane, self._now_s()))
-        self.confirm(lease)
+        lease = self._enter(Lease(session_id, user_id, "interactive", self._now_s()))
+        self.confirm(lease, epoch)
         return lease
 
     def _enter(self, lease: Lease) -> Lease:
@@ -91,13 +92,13 @@ class Ledger:
         self.release(leaving)
         return self.take(session_id, user_id)
 
-    def confirm(self, lease: Lease) -> bool:
-        """The session lives. False: the reservation expired, the slot may be another's."""
+    def confirm(self, lease: Lease, epoch: int = 0) -> bool:
+        """The session lives, in this epoch. False: the reservation expired, the slot may be another's."""
         if not self.holds(lease):
             return False
         lease.state = "live"
-        if not lease.n_noted:
-            lease.idle_since_s = self._now_s()
+        if lease.noted[0] != epoch or lease.noted == (0, 0):
+            lease.noted, lease.idle_since_s = (epoch, 0), self._now_s()
         return True
 
     def release(self, lease: Lease) -> bool:
@@ -129,10 +130,10 @@ class Ledger:
 
     # -- who gives way -----------------------------------------------------------------------
 
-    def note(self, lease: Lease, n: int, *, is_busy: bool) -> None:
-        """Take in the session's report number `n`, unless a newer one came before it."""
-        if n > lease.n_noted:
-            lease.n_noted = n
+    def note(self, lease: Lease, epoch: int, n: int, *, is_busy: bool) -> None:
+        """Take in report number `n` of an epoch, unless a newer one came before it."""
+        if (epoch, n) > lease.noted:
+            lease.noted = (epoch, n)
             lease.idle_since_s = None if is_busy else self._now_s()
 
     def give_way(self, scope: Scope, user_id: str) -> Lease | None:
@@ -154,9 +155,11 @@ class Ledger:
         return chosen
 
     def stay(self, lease: Lease) -> None:
-        """It would not go: it works."""
+        """It would not go: something is under way there. Whether a turn is, its reports say; if none
+        is, it is the last to be asked again."""
         lease.state = "live"
-        lease.idle_since_s = None
+        if lease.idle_since_s is not None:
+            lease.idle_since_s = self._now_s()
 
     # -- questions ---------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import ray
 
 from actors.activation import Change, Report
 from actors.desk import Desk, Route
+from actors.host import Hosted
 from actors.protocol import (
     Accepted,
     AnyCommand,
@@ -38,23 +39,27 @@ class SessionManager:
         agents = await asyncio.to_thread(load_agents, dirs)
         kit = await kit_of(agent, actors)
         self._desk = Desk(kit, self._hosts, agents, default_model=agent.default_model)
-        for host in self._hosts.survivors():
-            await self._take_over(host)
+        await self._take_over(self._hosts.survivors())
         self._hosts.keep_warm()
 
-    async def _take_over(self, host: RayHost) -> None:
-        """A host that lived before this manager: keep what it hosts, end it if it hosts nothing."""
-        try:
-            hosted = await host.hosted()
-        except Unavailable:
-            hosted = []
-        for session in hosted:
-            route = Route(host.name, session.epoch)
-            self._desk.take_over(host, route, session.session_id, session.user_id)
-            change: Change = "busy" if session.is_busy else "rested"
-            self._desk.note(Report(session.session_id, session.epoch, session.n_reports, change))
-        if not hosted:
-            await self._hosts.give_back(host, clean=False)
+    async def _take_over(self, hosts: list[RayHost]) -> None:
+        """Hosts that lived before this manager: a session counts where its newest epoch is, and a host
+        that hosts none, or does not answer, ends."""
+        hosted = await asyncio.gather(*(_hosted(host) for host in hosts))
+        newest: dict[str, int] = {}
+        for session in (session for sessions in hosted for session in sessions):
+            newest[session.session_id] = max(session.epoch, newest.get(session.session_id, 0))
+        for host, sessions in zip(hosts, hosted, strict=True):
+            current = [s for s in sessions if s.epoch == newest[s.session_id]]
+            for session in current:
+                route = Route(host.name, session.epoch)
+                self._desk.take_over(host, route, session.session_id, session.user_id)
+                change: Change = "busy" if session.is_busy else "rested"
+                self._desk.note(
+                    Report(session.session_id, session.epoch, session.n_reports, change)
+                )
+            if not current:
+                await self._hosts.give_back(host, clean=False)
 
     def _host_died(self, name: str) -> None:
         self._desk.host_died(name)
@@ -93,6 +98,13 @@ class SessionManager:
         """Bring every session to rest, then end every session actor."""
         await self._desk.drain()
         await self._hosts.close()
+
+
+async def _hosted(host: RayHost) -> list[Hosted]:
+    try:
+        return await host.hosted()
+    except Unavailable:
+        return []
 
 
 _remote: Any = ray.remote  # its types know neither async constructors nor these options

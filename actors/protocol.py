@@ -80,7 +80,8 @@ class Open(Frozen):
     seed_messages: tuple[Any, ...] = ()
     metadata: dict[str, Any] = {}
     user_token: str | None = Field(default=None, repr=False)
-    """The user's token for tools. Held in memory where the session lives, nowhere else."""
+    """The user's token for tools. In memory only: the manager's, which hands it on when the session
+    wakes, and the session's."""
     message_id: str | None = None
 
 

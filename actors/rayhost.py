@@ -23,6 +23,9 @@ from agent.settings import AgentSettings
 log = structlog.get_logger()
 
 PREFIX = "session-"
+CLOSE_WAIT_S = 5.0
+PROBE_WAIT_S = 5.0
+"""For a question that an actor answers at once if it lives."""
 MAX_STARTING = 4
 """Actor processes that start at once: each costs 1 to 2 CPU-seconds, which running turns need too."""
 
@@ -62,12 +65,12 @@ class RayHost:
 
     async def hosts(self, session_id: str) -> bool:
         try:
-            return await answer(self.handle.hosts.remote(session_id), self._lost(), 5.0)
+            return await answer(self.handle.hosts.remote(session_id), self._lost(), PROBE_WAIT_S)
         except Unavailable:
             return False
 
     async def hosted(self) -> list[Hosted]:
-        return await answer(self.handle.hosted.remote(), self._lost(), self._timeout_s)
+        return await answer(self.handle.hosted.remote(), self._lost(), PROBE_WAIT_S)
 
 
 class RayHosts:
@@ -170,4 +173,4 @@ class RayHosts:
         self._closing = True
         for host in list(self._all.values()):
             self._kill(host)
-        await self._tasks.close()
+        await self._tasks.close(CLOSE_WAIT_S)

@@ -6,7 +6,6 @@ Reads of rows, messages and trajectories come from the journal; they wake nobody
 """
 
 import asyncio
-import json
 import uuid
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
@@ -37,6 +36,7 @@ from agent.context import Context
 from agent.events import Cursor, Page
 from agent.faults import JournalFault, NoSuchSession
 from agent.journal import SessionRow, read_all
+from agent.jsontext import parsed
 from agent.trace import trajectory
 
 MAX_ROUTES = 4
@@ -104,12 +104,11 @@ class RoutedSessions:
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         if command.message_id is None:
             command = command.model_copy(update={"message_id": uuid.uuid4().hex})
-        row = await self._owned(who, session_id)
-        if row.closed:
-            return await self._answered_by_closed(session_id, command)
         route = self._routes.get(session_id)
         wrong: Route | None = None
         for _ in range(MAX_ROUTES):
+            if (await self._owned(who, session_id)).closed:
+                return await self._answered_by_closed(session_id, command)
             try:
                 if isinstance(command, Close):
                     return await self._desk.close_session(who, session_id, command)
@@ -174,6 +173,8 @@ class RoutedSessions:
                 yield Page((), cursor)
                 wait_s = self._kit.actors.page_wait_s
                 route = await self._desk.when_live(session_id, wait_s, not_at=wrong)
+                if route is not None and route == wrong:
+                    return  # it is there and does not answer: the reader comes back later
             else:
                 found = await self._desk.find(session_id)
                 route = found if found == route else None  # if it moved, the journal first
@@ -182,12 +183,12 @@ class RoutedSessions:
         self, session_id: str, cursor: Cursor, turn: int | None
     ) -> AsyncGenerator[Page]:
         """Pages from the journal, up to its head."""
+        row = await self._journal.row(session_id)  # first: what it says is read below
         while records := await self._journal.read(session_id, after=cursor.seq, limit=JOURNAL_PAGE):
             page = page_of(records, cursor, turn)
             cursor = page.cursor
             yield page
-        row = await self._journal.row(session_id)
-        if row.closed or (turn is not None and not row.n_open_turns and cursor.seq >= row.head):
+        if row.closed or (turn is not None and not row.n_open_turns):
             yield Page((), cursor, end=True)
 
     async def _is_at_head(self, session_id: str, cursor: Cursor) -> bool:
@@ -294,6 +295,6 @@ def _status(row: SessionRow, *, is_live: bool) -> Status:
 
 def _parsed(arguments: str) -> Any:
     try:
-        return json.loads(arguments)
+        return parsed(arguments)
     except ValueError:
         return arguments

@@ -9,7 +9,6 @@ results of its tool calls, so every boundary between entries is a tool-call boun
 arrive while a turn runs wait in `queue` and enter the view when their turn begins.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -51,6 +50,7 @@ from agent.events import (
     TurnEnded,
     UserMessage,
 )
+from agent.jsontext import is_object
 from agent.spec import AgentSpec
 
 CHARS_PER_TOKEN = 4
@@ -228,7 +228,7 @@ class Context:
             if self.turn is None and self.queue:
                 self._begin(self.queue.popleft())
 
-    def _fold_one(self, record: Record) -> None:  # noqa: C901, PLR0912 - a flat table, a case per fact
+    def _fold_one(self, record: Record) -> None:  # noqa: C901, PLR0912, PLR0915 - a flat table, a case per fact
         match record.fact:
             case SessionOpened() as fact:
                 self.opened = fact
@@ -240,6 +240,9 @@ class Context:
                 calls = {call.tool_call_id: Call(call) for call in fact.tool_calls}
                 self.view.append(AssistantEntry(record.seq, fact.turn, fact, calls))
                 self.n_steps += 1
+                # The conversation went on, so a long turn may be compacted again. Not after a failure:
+                # that would fail at every step.
+                self._compaction_done = self._compaction_failed is not None
             case ModelCalled() as fact:
                 self._fold_model_call(fact)
             case ToolStarted() as fact:
@@ -319,6 +322,13 @@ class Context:
         if self.turn is None or self.closed:
             return Rest()
         open_calls = self._open_calls()
+        if isinstance(self.turn.fact, UserMessage) and self._asked_before(self.turn.fact.turn):
+            asked = [call for call in open_calls if call.asked]
+            if settle := (
+                self._settled(asked, "denied", SUPERSEDED)
+                or self._settled(open_calls, "cancelled", NOT_EXECUTED)
+            ):
+                return settle
         if self.is_interrupted:
             running = [call for call in open_calls if not (call.asked and call.decision is None)]
             return self._settled(running, "cancelled", INTERRUPTED) or End("interrupted")
@@ -327,13 +337,6 @@ class Context:
                 return End("done") if self._seeded else Summarise(seed)
             case CompactionRequested():
                 return self._owed_by_compaction()
-            case UserMessage(turn=turn) if open_calls and self._asked_before(turn):
-                asked = [call for call in open_calls if call.asked]
-                return (
-                    self._settled(asked, "denied", SUPERSEDED)
-                    or self._settled(open_calls, "cancelled", NOT_EXECUTED)
-                    or Rest()
-                )
             case _:
                 return self._owed_by_calls(open_calls) or self._owed_by_view()
 
@@ -483,16 +486,18 @@ class Context:
         return any(isinstance(e, AssistantEntry) and tool_call_id in e.calls for e in self.view)
 
     def can_compact(self) -> bool:
-        return len(self._after_cut()) > 1
+        return len(self._after_cut()) > 1 and self.cut(keep_tokens=0) > 0
 
     def cut(self, *, keep_tokens: int) -> int:
         """The seq of the newest entry to summarise so that about `keep_tokens` stay; 0: nothing.
 
-        A last entry with unsettled calls always stays: its results are still to come.
+        An entry with unsettled calls always stays, and what follows it: its results are still to come.
         """
         entries = self._after_cut()
-        while entries and isinstance(last := entries[-1], AssistantEntry) and last.unsettled:
-            entries = entries[:-1]
+        for index, entry in enumerate(entries):
+            if isinstance(entry, AssistantEntry) and entry.unsettled:
+                entries = entries[:index]
+                break
         kept = 0
         while entries and (kept := kept + _tokens_of(entries[-1])) <= keep_tokens:
             entries = entries[:-1]
@@ -575,10 +580,7 @@ def _told(call: Call) -> str:
 
 def _object(call: ToolCall) -> str:
     """The arguments as providers accept them back: text that is no JSON object is refused by some."""
-    try:
-        return call.arguments if isinstance(json.loads(call.arguments), dict) else "{}"
-    except ValueError:
-        return "{}"
+    return call.arguments if is_object(call.arguments) else "{}"
 
 
 def _tokens_of(entry: Entry) -> int:

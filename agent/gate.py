@@ -5,6 +5,7 @@ import re
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from agent.jsontext import parsed
 from agent.spec import Action, ApprovalPolicy, ApprovalRule, ArgumentPredicate
 
 
@@ -16,11 +17,11 @@ class Verdict(NamedTuple):
 def judge(policy: ApprovalPolicy, tool: str, arguments: str) -> Verdict:
     """The first rule that holds for this call decides; `arguments` is the JSON text."""
     try:
-        parsed = json.loads(arguments or "{}")
+        value = parsed(arguments or "{}")
     except ValueError:
-        parsed = _GARBAGE
+        value = _GARBAGE
     for rule in policy.rules:
-        if _holds(rule, tool, parsed):
+        if _holds(rule, tool, value):
             return Verdict(rule.action, rule.reason)
     return Verdict(policy.default)
 
@@ -28,12 +29,12 @@ def judge(policy: ApprovalPolicy, tool: str, arguments: str) -> Verdict:
 _GARBAGE = object()
 
 
-def _holds(rule: ApprovalRule, tool: str, parsed: Any) -> bool:
+def _holds(rule: ApprovalRule, tool: str, value: Any) -> bool:
     if not fnmatchcase(tool, rule.tools):
         return False
-    if parsed is _GARBAGE:
+    if value is _GARBAGE:
         return rule.action != "allow" or not rule.when
-    return all(_satisfied(predicate, parsed) for predicate in rule.when)
+    return all(_satisfied(predicate, value) for predicate in rule.when)
 
 
 def _satisfied(predicate: ArgumentPredicate, value: Any) -> bool:

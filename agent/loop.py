@@ -84,9 +84,11 @@ async def advance(run: Run) -> None:
     Raises:
         Fenced, JournalFault: from a commit; the caller ends the incarnation.
     """
-    began_s = run.now_s()
+    turn, began_s = 0, 0.0
     while True:
         owed = run.context.owed()
+        if turn != _turn(run):
+            turn, began_s = _turn(run), run.now_s()
         if isinstance(owed, CallModel) and _overtime(run, began_s):
             owed = End("limit", "max_turn_s", "The turn took longer than it may.")
         match owed:
@@ -109,7 +111,6 @@ async def advance(run: Run) -> None:
                 await run.commit(
                     TurnEnded(turn=_turn(run), reason=reason, code=code, detail=detail)
                 )
-                began_s = run.now_s()
 
 
 def _turn(run: Run) -> int:
@@ -215,13 +216,14 @@ async def _completion(run: Run, part: Part) -> Completion:
 def _with_fresh_ids(
     context: Context, calls: Sequence[ToolCall], part_id: str
 ) -> tuple[ToolCall, ...]:
-    """Providers number calls per answer; facts name a call in the whole session."""
-    return tuple(
-        call.model_copy(update={"tool_call_id": f"{call.tool_call_id}-{part_id}"})
-        if context.knows_call(call.tool_call_id)
-        else call
-        for call in calls
-    )
+    """Providers number calls per answer, or worse; facts name a call in the whole session."""
+    fresh: dict[str, ToolCall] = {}
+    for number, call in enumerate(calls):
+        call_id = call.tool_call_id
+        if call_id in fresh or context.knows_call(call_id):
+            call_id = f"{call_id}-{part_id}.{number}"
+        fresh[call_id] = call.model_copy(update={"tool_call_id": call_id})
+    return tuple(fresh.values())
 
 
 async def run_tools(run: Run, calls: Sequence[Due]) -> None:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+MIN_SHARE_CHARS = 40
+"""Of a message that is cut: less says nothing."""
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
@@ -63,8 +65,15 @@ def render(messages: Sequence[dict[str, Any]], *, max_chars: int) -> str:
     """The messages one after another under their roles, at most about `max_chars`.
 
     Where that is too little, every message gives up its middle, longest first in effect: no message
-    keeps more than an equal share of what the shorter ones leave.
+    keeps more than an equal share of what the shorter ones leave. Where the shares would say nothing,
+    the middle messages go.
     """
+    room = max(2, max_chars // (2 * MIN_SHARE_CHARS))
+    if left_out := max(0, len(messages) - room):
+        ends = room // 2
+        head = render(messages[:ends], max_chars=max_chars // 2)
+        tail = render(messages[-ends:], max_chars=max_chars // 2)
+        return f"{head}\n\n[... {left_out} messages left out ...]\n\n{tail}"
     texts = ["\n".join(filter(None, [_content(m), *_calls(m)])) for m in messages]
     share = _fair_share([len(text) for text in texts], max_chars)
     return "\n\n".join(
@@ -79,7 +88,7 @@ def _fair_share(lengths: list[int], total: int) -> int:
     for position, length in enumerate(ordered := sorted(lengths)):
         share = left // (len(ordered) - position)
         if length > share:
-            return max(share, 40)
+            return max(share, MIN_SHARE_CHARS)
         left -= length
     return max(lengths, default=0)
 

@@ -1,17 +1,13 @@
 """One incarnation of a session: what it commits, what it survives."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from actors.activation import Activation
-from actors.kit import Kit
 from actors.protocol import (
-    Accepted,
-    AnyCommand,
     Compact,
     Conflict,
     Decide,
@@ -19,116 +15,36 @@ from actors.protocol import (
     Moved,
     NotFound,
     QuotaExceeded,
+    Seed,
     SendMessage,
     SwitchModel,
+    Truncate,
+    Unavailable,
 )
 from actors.settings import ActorsSettings, Quota
 from agent.events import (
     AssistantMessage,
     Compacted,
     CompactionFailed,
+    Cursor,
     Decision,
     InterruptRequested,
     ModelCalled,
     Record,
     SessionOpened,
+    TextDelta,
     ToolFinished,
     ToolStarted,
     TurnEnded,
     UserMessage,
 )
 from agent.faults import ContextOverflow, Fenced, ModelUnavailable
-from agent.journal import read_all
 from agent.journal_memory import MemoryJournal
-from agent.spec import AgentSpec, ApprovalPolicy, ApprovalRule, Compaction, Limits
+from agent.spec import ApprovalPolicy, ApprovalRule, Compaction, Limits
 from agent.testing import Reply, ScriptedModel
-from tests.support.house import ALICE, BOB, SOON_S, Burst, Echo, Effect, Wait, kit_for
-
-SPEC = AgentSpec(name="t", system_prompt="You are a test.", model="scripted/x", tools=("*",))
-ASKING = SPEC.model_copy(
-    update={"approval": ApprovalPolicy(rules=(ApprovalRule(tools="effect", action="ask"),))}
-)
-SAY = Reply("ok")
-
-
-def call(tool: str, word: str = "w") -> tuple[str, dict[str, Any]]:
-    return (tool, {"word": word})
-
-
-class Stand:
-    """A session in a journal, and the incarnations that a test gives it."""
-
-    def __init__(self, kit: Kit) -> None:
-        self.kit = kit
-        self.reports: list[str] = []
-        self.lost = asyncio.Event()
-        self.living: list[Activation] = []
-
-    async def open(self, spec: AgentSpec = SPEC) -> Activation:
-        opened = SessionOpened(
-            session_id="s", user_id="alice", agent=spec.name, model=spec.model, spec=spec
-        )
-        await self.kit.journal.create(opened)
-        return await self.wake()
-
-    async def wake(self) -> Activation:
-        activation = await Activation.open(self.kit, "s", lambda report: self._told(report.change))
-        self.living.append(activation)
-        return activation
-
-    def _told(self, change: str) -> None:
-        self.reports.append(change)
-        if change == "lost":
-            self.lost.set()
-
-    async def records(self) -> list[Record]:
-        return await read_all(self.kit.journal, "s")
-
-    async def facts(self, kind: type[Any]) -> list[Any]:
-        return [r.fact for r in await self.records() if isinstance(r.fact, kind)]
-
-    async def rested(self, activation: Activation) -> None:
-        """Wait, by the feed, until every open turn has ended."""
-        async with asyncio.timeout(SOON_S):
-            while activation.context.open_turns:
-                await activation.feed.changed(SOON_S)
-
-    async def ended(self, activation: Activation, command: AnyCommand | str) -> TurnEnded:
-        """Carry out a command that opens a turn, and wait for the turn's end."""
-        command = SendMessage(text=command) if isinstance(command, str) else command
-        accepted: Accepted = await activation.submit(ALICE, command)
-        await self.rested(activation)
-        [end] = [e for e in await self.facts(TurnEnded) if e.turn == accepted.turn]
-        return end
-
-    async def close(self) -> None:
-        for activation in self.living:
-            await activation.end()
-
-
-MakeStand = Callable[..., Stand]
-
-
-@pytest.fixture
-async def stand(tmp_path: Path) -> AsyncIterator[MakeStand]:
-    made: list[Stand] = []
-
-    def make(
-        *replies: Reply, tools: Sequence[Any] = (), window: int = 128_000, **kit: Any
-    ) -> Stand:
-        model = ScriptedModel(replies, window_tokens=window)
-        tools = [Echo(), Effect(), Burst(), *tools]
-        made.append(Stand(kit_for(tmp_path, model=model, tools=tools, **kit)))
-        return made[-1]
-
-    yield make
-    for each in made:
-        await each.close()
-
-
-def requests_of(stand: Stand) -> list[Any]:
-    assert isinstance(stand.kit.model, ScriptedModel)
-    return stand.kit.model.requests
+from tests.actors.conftest import MakeStand
+from tests.support.house import ALICE, BOB, SOON_S, Echo, FakeOpener, Wait
+from tests.support.stand import ASKING, SAY, SPEC, SlowJournal, call, requests_of
 
 
 async def whole_turn(stand: MakeStand) -> list[Record]:
@@ -353,8 +269,6 @@ async def test_a_failed_compaction_on_demand_ends_its_turn_as_failed(stand: Make
 
 
 async def test_undo_of_a_compacted_turn_brings_the_earlier_view_back(stand: MakeStand) -> None:
-    from actors.protocol import Truncate
-
     made = stand(Reply("one"), Reply("two"), Reply("summary"), Reply("three"))
     activation = await made.open()
     for text in ("a", "b"):
@@ -390,15 +304,11 @@ async def test_call_ids_that_a_provider_repeats_stay_apart(stand: MakeStand) -> 
                 yield item
 
     replies = [Reply(tool_calls=(call("echo", w),)) for w in ("one", "two")]
-    made = stand()
-    made = Stand(
-        kit_for(made.kit.agent.storage_dir, model=SameIds([*replies, SAY]), tools=[Echo()])
-    )
+    made = stand(model=SameIds([*replies, SAY]))
     await made.ended(await made.open(), "go")
     ids = [f.tool_call_id for f in await made.facts(ToolFinished)]
     assert len(set(ids)) == 2
     assert [f.text for f in await made.facts(ToolFinished)] == ["one", "two"]
-    await made.close()
 
 
 async def test_another_user_gets_nothing(stand: MakeStand) -> None:
@@ -473,9 +383,220 @@ async def test_a_defect_of_ours_ends_the_turn_and_the_session_lives(stand: MakeS
         async def card(self, model: str) -> Any:
             raise ZeroDivisionError
 
-    made = Stand(kit_for(stand().kit.agent.storage_dir, model=Broken([SAY]), tools=[Echo()]))
+    made = stand(model=Broken([SAY]))
     activation = await made.open()
     end = await made.ended(activation, "go")
     assert (end.reason, end.code) == ("failed", "internal")
     assert "Zero" not in (end.detail or "")
-    await made.close()
+
+
+async def test_a_caller_that_leaves_after_its_fact_has_begun_leaves_a_turn_that_runs(
+    stand: MakeStand,
+) -> None:
+    journal = SlowJournal()
+    made = stand(SAY, journal=journal)
+    activation = await made.open()
+    journal.gate.clear()
+    asked = asyncio.create_task(activation.submit(ALICE, SendMessage(text="hi", message_id="k")))
+    await asyncio.wait_for(journal.waiting.wait(), SOON_S)
+    asked.cancel()
+    journal.gate.set()
+    await asyncio.gather(asked, return_exceptions=True)
+    repeated = await activation.submit(ALICE, SendMessage(text="hi", message_id="k"))
+    assert repeated.turn == 1
+    await made.rested(activation)
+    assert [end.reason for end in await made.facts(TurnEnded)] == ["done"]
+
+
+async def test_an_interrupt_counts_though_its_caller_left(stand: MakeStand) -> None:
+    journal, waiting = SlowJournal(), Wait()
+    made = stand(Reply(tool_calls=(call("wait"),)), SAY, journal=journal, tools=[waiting])
+    activation = await made.open()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    journal.gate.clear()
+    asked = asyncio.create_task(activation.submit(ALICE, Interrupt()))
+    await asyncio.wait_for(journal.waiting.wait(), SOON_S)
+    asked.cancel()
+    journal.gate.set()
+    await made.rested(activation)
+    assert [end.reason for end in await made.facts(TurnEnded)] == ["interrupted"]
+
+
+async def test_a_long_turn_is_compacted_as_often_as_it_needs(stand: MakeStand) -> None:
+    spec = SPEC.model_copy(update={"compaction": Compaction(at_fraction=0.5, keep_fraction=0.1)})
+    big = Reply(tool_calls=(call("echo", LONG),))
+    replies = [big, big, Reply("first"), big, big, Reply("second"), SAY]
+    made = stand(*replies, window=9000)
+    assert (await made.ended(await made.open(spec), "the task")).reason == "done"
+    assert [c.summary for c in await made.facts(Compacted)] == ["first", "second"]
+
+
+async def test_a_pending_call_is_never_compacted_away(stand: MakeStand) -> None:
+    act = Reply(tool_calls=(call("effect", "RESULT-77"),))
+    made = stand(act, Reply("about before"), SAY)
+    activation = await made.open(ASKING)
+    await made.ended(activation, "go")
+    [waiting] = activation.context.pending
+    await made.ended(activation, Seed(messages=({"role": "user", "content": "old"},)))
+    assert activation.context.cut(keep_tokens=0) == 3  # the message before the pending call
+    approve = Decision(tool_call_id=waiting, decision="approve")
+    await made.ended(activation, Decide(decisions=(approve,)))
+    told = [m["content"] for m in requests_of(made)[-1].messages if m["role"] == "tool"]
+    assert told == ["RESULT-77"]
+
+
+async def test_arguments_that_are_nested_too_deep_are_an_error_and_no_poison(
+    stand: MakeStand,
+) -> None:
+    class Deep(ScriptedModel):
+        async def stream(self, request: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+            async for item in super().stream(request):
+                if getattr(item, "tool_calls", ()):
+                    deep = item.tool_calls[0].model_copy(update={"arguments": "[" * 100_000})
+                    item = item._replace(tool_calls=(deep,))  # noqa: PLW2901
+                yield item
+
+    made = stand(model=Deep([Reply(tool_calls=(call("echo"),)), SAY, SAY]))
+    activation = await made.open()
+    assert (await made.ended(activation, "go")).reason == "done"
+    assert [f.outcome for f in await made.facts(ToolFinished)] == ["error"]
+    assert (await made.ended(await made.wake(), "again")).reason == "done"
+
+
+async def test_a_message_that_is_interrupted_at_once_still_denies_what_waited(
+    stand: MakeStand,
+) -> None:
+    journal = MemoryJournal()
+    made = stand(Reply(tool_calls=(call("effect"),)), SAY, journal=journal)
+    activation = await made.open(ASKING)
+    await made.ended(activation, "go")
+    await activation.end()
+    facts = [UserMessage(turn=2, text="no, this"), InterruptRequested(turn=2)]
+    await journal.append("s", activation.context.epoch, facts)
+    woken = await made.wake()
+    await made.rested(woken)
+    assert woken.context.pending == {}
+    assert (await journal.row("s")).pending == ()
+    assert [f.outcome for f in await made.facts(ToolFinished)] == ["denied"]
+
+
+async def test_the_time_of_a_turn_is_its_own(stand: MakeStand) -> None:
+    waiting, clock = Wait(), [0.0]
+    broken = Reply(fault=ModelUnavailable("away"))
+    made = stand(
+        Reply(tool_calls=(call("wait"),)), broken, SAY, tools=[waiting], now_s=lambda: clock[0]
+    )
+    activation = await made.open(SPEC.model_copy(update={"limits": Limits(max_turn_s=100)}))
+    for text in ("one", "two"):
+        await activation.submit(ALICE, SendMessage(text=text))
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    clock[0] = 99.0
+    waiting.go.set()
+    while not await made.facts(TurnEnded):
+        await activation.feed.changed(SOON_S)
+    clock[0] = 101.0
+    await made.rested(activation)
+    assert [end.reason for end in await made.facts(TurnEnded)] == ["failed", "done"]
+
+
+async def test_a_turn_that_takes_too_long_ends_at_its_limit(stand: MakeStand) -> None:
+    waiting, clock = Wait(), [0.0]
+    made = stand(Reply(tool_calls=(call("wait"),)), SAY, tools=[waiting], now_s=lambda: clock[0])
+    activation = await made.open(SPEC.model_copy(update={"limits": Limits(max_turn_s=100)}))
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    clock[0] = 101.0
+    waiting.go.set()
+    await made.rested(activation)
+    [end] = await made.facts(TurnEnded)
+    assert (end.reason, end.code) == ("limit", "max_turn_s")
+
+
+async def test_a_sandbox_whose_fact_is_refused_is_closed(stand: MakeStand) -> None:
+    class Uses(Echo):
+        name = "uses"
+
+        async def run(self, arguments: Any, scope: Any) -> Any:
+            await scope.sandbox()
+            return await super().run(arguments, scope)
+
+    opener = FakeOpener()
+    made = stand(Reply(tool_calls=(call("uses"),)), SAY, tools=[Uses()], open_sandbox=opener)
+    activation = await made.open()
+    opener.gate.clear()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(opener.asked.wait(), SOON_S)
+    await made.kit.journal.fence("s")
+    opener.gate.set()
+    await asyncio.wait_for(made.lost.wait(), SOON_S)
+    await activation.end()
+    assert [sandbox.closed for sandbox in opener.opened] == [True]
+
+
+async def test_an_end_does_not_wait_for_ever(stand: MakeStand) -> None:
+    class Stubborn(Wait):
+        name = "stubborn"
+
+        async def run(self, arguments: Any, scope: Any) -> Any:
+            self.began.set()
+            while not self.go.is_set():
+                try:
+                    await self.go.wait()
+                except asyncio.CancelledError:
+                    continue
+            return await Echo().run(arguments, scope)
+
+    tool = Stubborn()
+    limits = ActorsSettings(close_wait_s=0.05)
+    made = stand(Reply(tool_calls=(call("stubborn"),)), SAY, tools=[tool], actors=limits)
+    activation = await made.open()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(tool.began.wait(), SOON_S)
+    with pytest.raises(Unavailable):
+        await activation.end()
+    tool.go.set()
+
+
+async def test_an_interrupt_does_not_wait_for_the_facts_about_a_model(stand: MakeStand) -> None:
+    asked = asyncio.Event()
+
+    class SlowCard(ScriptedModel):
+        async def card(self, model: str) -> Any:
+            asked.set()
+            await asyncio.Event().wait()
+
+    made = stand(model=SlowCard([SAY]))
+    activation = await made.open()
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await asyncio.wait_for(asked.wait(), SOON_S)
+    await activation.submit(ALICE, Interrupt())
+    await made.rested(activation)
+    assert [end.reason for end in await made.facts(TurnEnded)] == ["interrupted"]
+
+
+async def test_a_reader_of_a_queued_turn_hears_that_the_stream_lives(stand: MakeStand) -> None:
+    waiting, clock = Wait(), [0.0]
+    made = stand(
+        Reply(tool_calls=(call("wait"),)),
+        *[SAY] * 2,
+        tools=[waiting],
+        actors=ActorsSettings(page_wait_s=10),
+        now_s=lambda: clock[0],
+    )
+    activation = await made.open()
+    for text in ("one", "two"):
+        await activation.submit(ALICE, SendMessage(text=text))
+    await asyncio.wait_for(waiting.began.wait(), SOON_S)
+    pages = activation.pages(ALICE, Cursor(), turn=2)
+    first = await anext(pages)
+    assert [frame.event for frame in first.frames] == ["user_message"]
+    next_page = asyncio.create_task(anext(pages))
+    for n in range(3):  # another turn's text wakes the reader, and is not for it
+        await asyncio.sleep(0)
+        clock[0] += 4.0
+        activation.show(TextDelta(1, "p", n, "x"))
+    assert (await asyncio.wait_for(next_page, SOON_S)).frames == ()
+    await pages.aclose()
+    waiting.go.set()
+    await made.rested(activation)

@@ -101,11 +101,11 @@ def test_the_longest_idle_session_gives_way_and_a_busy_one_never() -> None:
     second = live(book, "second", "b")
     clock.at_s = 2
     third = live(book, "third", "c")
-    book.note(first, 1, is_busy=True)
+    book.note(first, 1, 1, is_busy=True)
     assert book.give_way("global", "d") is second
     assert book.give_way("global", "d") is third
     assert book.give_way("global", "d") is None
-    book.note(first, 2, is_busy=False)
+    book.note(first, 1, 2, is_busy=False)
     assert book.give_way("global", "d") is first
 
 
@@ -155,8 +155,8 @@ def test_a_slot_that_the_door_refused_is_not_counted() -> None:
 def test_a_report_that_was_overtaken_changes_nothing() -> None:
     book = ledger(Clock())
     lease = live(book, "one", "a")
-    book.note(lease, 2, is_busy=False)
-    book.note(lease, 1, is_busy=True)
+    book.note(lease, 1, 2, is_busy=False)
+    book.note(lease, 1, 1, is_busy=True)
     assert book.give_way("global", "b") is lease
 
 
@@ -164,6 +164,6 @@ def test_a_session_that_began_to_work_while_it_started_is_busy() -> None:
     book = ledger(Clock())
     lease = book.take("one", "a")
     assert isinstance(lease, Lease)
-    book.note(lease, 1, is_busy=True)
-    book.confirm(lease)
+    book.note(lease, 3, 1, is_busy=True)
+    book.confirm(lease, 3)
     assert book.give_way("global", "b") is None

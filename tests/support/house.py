@@ -86,9 +86,22 @@ AGENTS = Path(__file__).parent / "agents"
 KNOWN = load_agents([AGENTS])
 
 
-async def open_fake_sandbox(spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox:
-    del spec, session_id
-    return FakeSandbox(workspace)
+class FakeOpener:
+    """Opens sandboxes without processes. Holds back while `gate` is clear."""
+
+    def __init__(self) -> None:
+        self.opened: list[FakeSandbox] = []
+        self.asked = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def __call__(self, spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox:
+        del spec, session_id
+        self.asked.set()
+        await self.gate.wait()
+        await asyncio.to_thread(workspace.mkdir, parents=True, exist_ok=True)
+        self.opened.append(FakeSandbox(workspace))
+        return self.opened[-1]
 
 
 def kit_for(
@@ -98,6 +111,7 @@ def kit_for(
     model: Model | None = None,
     tools: Sequence[Tool] = (),
     actors: ActorsSettings | None = None,
+    **more: Any,
 ) -> Kit:
     """Real sandboxes, unless a test brings its own tools: those need none."""
 
@@ -109,8 +123,8 @@ def kit_for(
         model=model or NamedScripts(),
         agent=AgentSettings(storage_dir=tmp_path, default_agent="tester"),
         actors=actors or ActorsSettings(page_wait_s=0.2),
-        open_sandbox=open_fake_sandbox if tools else open_sandbox,
         make_tools=make_tools,
+        **{"open_sandbox": FakeOpener() if tools else open_sandbox, **more},
     )
 
 
