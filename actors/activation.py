@@ -28,7 +28,7 @@ from actors.protocol import (
     Unavailable,
 )
 from actors.quotas import charge
-from agent.context import Context, Rest
+from agent.context import Context
 from agent.events import (
     Activated,
     Command,
@@ -49,6 +49,7 @@ from agent.faults import Fault, JournalFault, MessageKnown, ModelFault
 from agent.journal import read_all
 from agent.loop import advance
 from agent.model.contract import Model
+from agent.owed import Rest
 from agent.sandbox.contract import Sandbox
 from agent.tools.contract import Tools
 from agent.trace import trajectory, write_trajectory

@@ -4,14 +4,12 @@
 question. It does no I/O and knows no clock. Behaviours of the agent are states in here; the loop
 (`agent.loop`) only does what `owed` says.
 
-The *view* is the list of entries that count: rewound turns leave it. An assistant entry carries the
-results of its tool calls, so every boundary between entries is a tool-call boundary. Commands that
+The *view* (`agent.view`) is the list of entries that count: rewound turns leave it. Commands that
 arrive while a turn runs wait in `queue` and enter the view when their turn begins.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from agent import gate
@@ -27,7 +25,6 @@ from agent.events import (
     CompactionFailed,
     CompactionRequested,
     Decision,
-    EndReason,
     Fact,
     InterruptRequested,
     ModelCalled,
@@ -44,113 +41,35 @@ from agent.events import (
     SeedRequested,
     SessionClosed,
     SessionOpened,
-    ToolCall,
     ToolFinished,
     ToolStarted,
     TurnEnded,
     UserMessage,
 )
-from agent.jsontext import is_object
+from agent.owed import (
+    CallModel,
+    Compact,
+    Due,
+    End,
+    Owed,
+    RequestApproval,
+    Rest,
+    RunTools,
+    Settle,
+    Summarise,
+)
 from agent.spec import AgentSpec
-
-CHARS_PER_TOKEN = 4
-"""A rule of thumb for English and code; the provider's own count replaces it after each call."""
-
-# What can be owed. `Context.owed` returns one of these; `agent.loop.advance` has a case for each.
-
-
-class Rest(NamedTuple):
-    """Nothing, until the next command."""
-
-
-class CallModel(NamedTuple):
-    pass
-
-
-class Due(NamedTuple):
-    """A tool call that may run, with the arguments that run."""
-
-    tool_call_id: str
-    tool: str
-    arguments: str
-
-
-class RunTools(NamedTuple):
-    calls: tuple[Due, ...]
-
-
-class Settle(NamedTuple):
-    """Calls that end without running (again)."""
-
-    results: tuple[ToolFinished, ...]
-
-
-class RequestApproval(NamedTuple):
-    asks: tuple[Ask, ...]
-
-
-class Compact(NamedTuple):
-    upto: int
-    """The seq of the last entry to be summarised."""
-
-
-class Summarise(NamedTuple):
-    seed: SeedRequested
-
-
-class End(NamedTuple):
-    reason: EndReason
-    code: str | None = None
-    detail: str | None = None
-
-
-Owed = Rest | CallModel | RunTools | Settle | RequestApproval | Compact | Summarise | End
-
-# The view.
-
-
-@dataclass
-class Call:
-    """One tool call and how far it is."""
-
-    proposed: ToolCall
-    decision: Decision | None = None
-    asked: bool = False
-    started_epoch: int = 0
-    """0: not started."""
-    arguments: str = ""
-    result: ToolFinished | None = None
-
-    def __post_init__(self) -> None:
-        self.arguments = self.proposed.arguments
-
-    @property
-    def due(self) -> Due:
-        return Due(self.proposed.tool_call_id, self.proposed.tool, self.arguments)
-
-
-@dataclass(frozen=True)
-class UserEntry:
-    seq: int
-    turn: int
-    text: str
-    seed: bool = False
-    """Told by the session's restore, not typed by the user: undo and truncate do not count it."""
-
-
-@dataclass(frozen=True)
-class AssistantEntry:
-    seq: int
-    turn: int
-    message: AssistantMessage
-    calls: dict[str, Call] = field(default_factory=dict[str, Call])
-
-    @property
-    def unsettled(self) -> list[Call]:
-        return [call for call in self.calls.values() if call.result is None]
-
-
-Entry = UserEntry | AssistantEntry
+from agent.view import (
+    CHARS_PER_TOKEN,
+    NOT_EXECUTED,
+    AssistantEntry,
+    Call,
+    Entry,
+    UserEntry,
+    chat,
+    handover,
+    tokens_of,
+)
 
 
 class Answer(NamedTuple):
@@ -168,7 +87,6 @@ class Opening(NamedTuple):
     fact: Command
 
 
-NOT_EXECUTED = "The call was not executed: the turn ended before it."
 SUPERSEDED = "The user did not decide on this call and wrote a new message instead. It did not run."
 INTERRUPTED = "Interrupted by the user."
 UNKNOWN = (
@@ -499,7 +417,7 @@ class Context:
                 entries = entries[:index]
                 break
         kept = 0
-        while entries and (kept := kept + _tokens_of(entries[-1])) <= keep_tokens:
+        while entries and (kept := kept + tokens_of(entries[-1])) <= keep_tokens:
             entries = entries[:-1]
         return entries[-1].seq if entries else 0
 
@@ -523,7 +441,7 @@ class Context:
 
     def _estimate(self) -> int:
         chars = len(self.spec.system_prompt) + len(self.summary or "")
-        return chars // CHARS_PER_TOKEN + sum(_tokens_of(entry) for entry in self._after_cut())
+        return chars // CHARS_PER_TOKEN + sum(tokens_of(entry) for entry in self._after_cut())
 
     # -- projections -------------------------------------------------------------------------
 
@@ -533,73 +451,12 @@ class Context:
         after = self._after_cut()
         if self.summary is not None:
             cut = self.view[: len(self.view) - len(after)]
-            messages.append({"role": "user", "content": _handover(self.summary, cut)})
+            messages.append({"role": "user", "content": handover(self.summary, cut)})
         return messages + chat(after)
 
     def messages(self) -> list[dict[str, Any]]:
         """What a person sees: the whole view, compacted entries too, no system prompt."""
         return chat(self.view)
-
-
-def chat(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """Entries in OpenAI chat format. A call without a result gets a text that says so."""
-    messages: list[dict[str, Any]] = []
-    for entry in entries:
-        if isinstance(entry, UserEntry):
-            messages.append({"role": "user", "content": entry.text})
-            continue
-        message: dict[str, Any] = {"role": "assistant", "content": entry.message.text}
-        if entry.calls:
-            message["tool_calls"] = [
-                {
-                    "id": call_id,
-                    "type": "function",
-                    "function": {"name": call.proposed.tool, "arguments": _object(call.proposed)},
-                }
-                for call_id, call in entry.calls.items()
-            ]
-        messages.append(message)
-        messages.extend(
-            {
-                "role": "tool",
-                "tool_call_id": call_id,
-                "name": call.proposed.tool,
-                "content": _told(call),
-            }
-            for call_id, call in entry.calls.items()
-        )
-    return messages
-
-
-def _told(call: Call) -> str:
-    text = call.result.text if call.result else NOT_EXECUTED
-    if call.arguments != call.proposed.arguments:
-        return f"The user edited the arguments of this call to: {call.arguments}\n{text}"
-    return text
-
-
-def _object(call: ToolCall) -> str:
-    """The arguments as providers accept them back: text that is no JSON object is refused by some."""
-    return call.arguments if is_object(call.arguments) else "{}"
-
-
-def _tokens_of(entry: Entry) -> int:
-    if isinstance(entry, UserEntry):
-        return len(entry.text) // CHARS_PER_TOKEN + 1
-    chars = len(entry.message.text) + sum(
-        len(call.arguments) + len(call.result.text if call.result else "")
-        for call in entry.calls.values()
-    )
-    return chars // CHARS_PER_TOKEN + 1
-
-
-def _handover(summary: str, cut: list[Entry]) -> str:
-    """The summary as a message, with the newest cut user message word for word: it is the task."""
-    asked = next((e for e in reversed(cut) if isinstance(e, UserEntry) and not e.seed), None)
-    quoted = (
-        f"\n\nThe user's last message before this point, verbatim:\n{asked.text}" if asked else ""
-    )
-    return f"Summary of the conversation so far:\n{summary}{quoted}"
 
 
 def _rejection(decision: Decision) -> str:

@@ -11,18 +11,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from agent import summaries
-from agent.context import (
-    CallModel,
-    Compact,
-    Context,
-    Due,
-    End,
-    RequestApproval,
-    Rest,
-    RunTools,
-    Settle,
-    Summarise,
-)
+from agent.context import Context
 from agent.events import (
     ApprovalRequested,
     AssistantMessage,
@@ -38,6 +27,17 @@ from agent.events import (
 )
 from agent.faults import ContextOverflow, ModelFault, boundary
 from agent.model.contract import Completion, Model, ModelRequest, TextChunk
+from agent.owed import (
+    CallModel,
+    Compact,
+    Due,
+    End,
+    RequestApproval,
+    Rest,
+    RunTools,
+    Settle,
+    Summarise,
+)
 from agent.sandbox.contract import Sandbox
 from agent.tools.contract import Tools, ToolScope
 

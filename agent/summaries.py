@@ -10,11 +10,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 
 from agent.agents import prompt
-from agent.context import CHARS_PER_TOKEN, chat
 from agent.events import Compacted, CompactionFailed, ModelCalled, Seeded, SeedRequested
 from agent.faults import ModelFault, boundary
 from agent.model.contract import Completion, ModelRequest
 from agent.transcript import render
+from agent.view import CHARS_PER_TOKEN, chat
 
 if TYPE_CHECKING:
     from agent.loop import Run

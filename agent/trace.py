@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent.context import AssistantEntry, Call, Entry, UserEntry, chat
 from agent.events import (
     TURN_OPENERS,
     ApprovalDecided,
@@ -34,6 +33,7 @@ from agent.events import (
     wire,
 )
 from agent.redact import redact
+from agent.view import AssistantEntry, Call, Entry, UserEntry, chat
 
 
 def trajectory(
