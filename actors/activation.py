@@ -308,7 +308,8 @@ class Activation:
         latency_ms = round((self.now_s() - began_s) * 1000)
         async with AsyncExitStack() as unless_told:
             unless_told.push_async_callback(sandbox.close)
-            await self.commit(SandboxOpened(kind=sandbox.kind, latency_ms=latency_ms))
+            turn = self.context.open_turns[0] if self.context.open_turns else 0
+            await self.commit(SandboxOpened(turn=turn, kind=sandbox.kind, latency_ms=latency_ms))
             unless_told.pop_all()
         return sandbox
 

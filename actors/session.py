@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Literal
 
 import ray
@@ -66,8 +67,11 @@ class SessionActor:
         turn: int | None,
         follow: bool,  # noqa: FBT001 - Ray passes by position
     ) -> AsyncGenerator[Page]:
-        async for page in self._host.pages(who, session_id, cursor, turn=turn, follow=follow):
-            yield page
+        source = self._host.pages(who, session_id, cursor, turn=turn, follow=follow)
+        # Ray ends a cancelled generator now and then by closing it between two items (2.60).
+        async with aclosing(source) as pages:
+            async for page in pages:
+                yield page
 
     async def passivate(
         self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]

@@ -92,7 +92,6 @@ def _run(settings: TroupeSettings, write: Any) -> None:
         console.print("Interrupted while starting.")
         raise typer.Exit(130) from None
     try:
-        signals_stop()  # again: Ray put a handler of its own over SIGTERM
         write(_run_of(running, settings))
         _announce(running, settings)
         while True:
@@ -252,7 +251,6 @@ def demo(
             try:
                 with console.status("Starting a local Ray and Serve…"):
                     running = cluster.start()
-                signals_stop()  # again: Ray put a handler of its own over SIGTERM
                 write(_run_of(running, settings))
                 code = demo_on(running.url, settings.agent.storage_dir, console)
             except KeyboardInterrupt:

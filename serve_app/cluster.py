@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import MutableMapping
 from contextlib import ExitStack
@@ -69,7 +70,10 @@ class Cluster:
         import serve_app.deployment
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        before = signal.getsignal(signal.SIGTERM)
         context = _join_or_start(ray)
+        # Ray puts a handler of its own in its place, which aborts the process.
+        signal.signal(signal.SIGTERM, before)
         ends.callback(_quietly, ray.shutdown)
         # Serve's HTTP options are those of the first start; a deployment that comes first would
         # settle them on port 8000.
