@@ -109,6 +109,8 @@ class Context:
         self.rested_by: Fact | None = None
         """The last record's fact where it says that an incarnation ended on purpose."""
         self.view: list[Entry] = []
+        self.call_ids: set[str] = set()
+        """Of every call that was ever proposed, rewound ones too."""
         self.plan: tuple[PlanItem, ...] = ()
         self.sandbox_open = False
         self.answers: dict[str, Answer] = {}
@@ -157,6 +159,7 @@ class Context:
             case AssistantMessage() as fact:
                 calls = {call.tool_call_id: Call(call) for call in fact.tool_calls}
                 self.view.append(AssistantEntry(record.seq, fact.turn, fact, calls))
+                self.call_ids |= calls.keys()
                 self.n_steps += 1
                 # The conversation went on, so a long turn may be compacted again. Not after a failure:
                 # that would fail at every step.
@@ -278,17 +281,12 @@ class Context:
     def _owed_by_calls(self, calls: list[Call]) -> Owed | None:
         """Crash remnants and refusals are settled first, then what may run runs, then a person is
         asked about the rest."""
-        lost = [c for c in calls if c.started_epoch and not self._idempotent(c.proposed.tool)]
-        verdicts = {
-            c.proposed.tool_call_id: gate.judge(self.spec.approval, c.proposed.tool, c.arguments)
-            for c in calls
-        }
         due: list[Due] = []
         asks: list[Ask] = []
         refused: list[ToolFinished] = []
         for call in calls:
-            verdict = verdicts[call.proposed.tool_call_id]
-            if call in lost:
+            verdict = gate.judge(self.spec.approval, call.proposed.tool, call.arguments)
+            if call.started_epoch and not self._idempotent(call.proposed.tool):
                 refused.append(self._finished(call, "unknown", UNKNOWN))
             elif call.decision is not None and call.decision.decision == "reject":
                 refused.append(self._finished(call, "denied", _rejection(call.decision)))
@@ -302,10 +300,9 @@ class Context:
             return Settle(tuple(refused))
         if due:
             return RunTools(tuple(due))
-        new = {c.proposed.tool_call_id for c in calls if not c.asked}
-        if any(ask.tool_call_id in new for ask in asks):
-            return RequestApproval(tuple(asks))
-        return End("approval") if asks else None
+        if asks and all(call.asked for call in calls):
+            return End("approval")
+        return RequestApproval(tuple(asks)) if asks else None
 
     def _owed_by_view(self) -> Owed:
         last = self.view[-1] if self.view else None
@@ -399,9 +396,6 @@ class Context:
             for entry in self.view
             if entry.turn <= turn and not (isinstance(entry, UserEntry) and entry.seed)
         )
-
-    def knows_call(self, tool_call_id: str) -> bool:
-        return any(isinstance(e, AssistantEntry) and tool_call_id in e.calls for e in self.view)
 
     def can_compact(self) -> bool:
         return len(self._after_cut()) > 1 and self.cut(keep_tokens=0) > 0

@@ -220,7 +220,7 @@ def _with_fresh_ids(
     fresh: dict[str, ToolCall] = {}
     for number, call in enumerate(calls):
         call_id = call.tool_call_id
-        if call_id in fresh or context.knows_call(call_id):
+        if call_id in fresh or call_id in context.call_ids:
             call_id = f"{call_id}-{part_id}.{number}"
         fresh[call_id] = call.model_copy(update={"tool_call_id": call_id})
     return tuple(fresh.values())
