@@ -8,6 +8,7 @@ in tasks of the desk's own, so that a caller that leaves breaks nothing off in t
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import structlog
@@ -242,20 +243,25 @@ class Desk:
             Unavailable, Conflict, JournalFault. The lease stays reserved.
         """
         session_id = lease.session_id
-        host = await self._hosts.acquire()
-        confirmed = False
         try:
-            epoch = await host.adopt(session_id, self._tokens.get(session_id))
-            confirmed = self.ledger.confirm(lease, epoch)
-        finally:
-            if not confirmed:
-                await self._hosts.give_back(host, clean=False)
-        if not confirmed:
+            host, epoch = await self._adopted(session_id)
+        except Unavailable:  # a warm host may have died unseen
+            host, epoch = await self._adopted(session_id)
+        if not self.ledger.confirm(lease, epoch):
+            await self._hosts.give_back(host, clean=False)
             raise Unavailable("The session took too long to start.", retry_after_s=RETRY_AFTER_S)
         route = Route(host.name, epoch)
         self._placed[session_id] = (host, route)
         self._announce(session_id)
         return route
+
+    async def _adopted(self, session_id: str) -> tuple[Host, int]:
+        host = await self._hosts.acquire()
+        async with AsyncExitStack() as unless_adopted:
+            unless_adopted.push_async_callback(self._hosts.give_back, host, clean=False)
+            epoch = await host.adopt(session_id, self._tokens.get(session_id))
+            unless_adopted.pop_all()
+        return host, epoch
 
     async def _vacate(self, session_id: str, *, clean: bool) -> None:
         placed = self._placed.pop(session_id, None)

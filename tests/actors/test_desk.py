@@ -17,6 +17,7 @@ from actors.protocol import (
     QuotaExceeded,
     SendMessage,
     SwitchModel,
+    Unavailable,
 )
 from actors.settings import ActorsSettings, Quota
 from agent.events import Cursor
@@ -235,6 +236,27 @@ async def test_a_session_that_two_hosts_claim_is_counted_once(house: Make) -> No
     for epoch in (1, 2):
         sessions.desk.take_over(host, Route(host.name, epoch), "s", "alice")
     assert (await sessions.capacity(ALICE)).user.live == 1
+
+
+async def test_a_warm_host_that_died_unseen_is_passed_over(house: Make) -> None:
+    sessions = await house()
+    acquire, dead = sessions.hosts.acquire, []
+
+    async def first_a_dead_one() -> Any:
+        host = await acquire()
+        if not dead:
+            dead.append(host)
+
+            async def adopt(*_: Any) -> int:
+                raise Unavailable("The session's process does not answer.")
+
+            host.adopt = adopt
+        return host
+
+    sessions.hosts.acquire = first_a_dead_one
+    await opened(sessions)
+    assert (await sessions.capacity(ALICE)).live == 1
+    assert dead[0].name not in sessions.hosts.by_name
 
 
 async def test_nothing_is_kept_of_who_left(house: Make) -> None:
