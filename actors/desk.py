@@ -248,6 +248,7 @@ class Desk:
         except Unavailable:  # a warm host may have died unseen
             host, epoch = await self._adopted(session_id)
         if not self.ledger.confirm(lease, epoch):
+            await host.end(session_id)
             await self._hosts.give_back(host, clean=False)
             raise Unavailable("The session took too long to start.", retry_after_s=RETRY_AFTER_S)
         route = Route(host.name, epoch)
