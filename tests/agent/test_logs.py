@@ -9,9 +9,9 @@ from agent import logs
 
 @pytest.fixture(autouse=True)
 def configured() -> Iterator[None]:
+    structlog.reset_defaults()
     logs.configure()
     yield
-    structlog.reset_defaults()
 
 
 def test_a_line_is_one_json_object_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Collection, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -46,7 +46,8 @@ class House:
         everyone = below(self.process.pid)
         for pid in everyone:
             if pid not in spared:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # some end with those before them
+                    os.kill(pid, signal.SIGKILL)
         self.process.wait(END_S)
         assert wait_for_ends(everyone, END_S) == set()
 

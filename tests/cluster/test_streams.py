@@ -24,8 +24,8 @@ LONG = puppet({**TALK, **COUNT}, TALK)
 """Two model calls and a tool between them, all of which show what they do for about a second."""
 TALKS = puppet(TALK)
 LONG_TURN = [
-    "user_message", "model_called", "assistant_message", "tool_started", "tool_finished",
-    "model_called", "assistant_message", "turn_ended",
+    "user_message", "model_called", "assistant_message", "tool_started",
+    "sandbox_opened", "tool_finished", "model_called", "assistant_message", "turn_ended",
 ]  # fmt: skip
 
 
