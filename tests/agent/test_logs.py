@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -8,10 +7,9 @@ from agent import logs
 
 
 @pytest.fixture(autouse=True)
-def configured() -> Iterator[None]:
+def configured() -> None:
     structlog.reset_defaults()
     logs.configure()
-    yield
 
 
 def test_a_line_is_one_json_object_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
