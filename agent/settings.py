@@ -146,7 +146,13 @@ def checked(kind: type[M], tree: dict[str, Any], source: str) -> M:
         return kind.model_validate(tree)
     except ValidationError as cause:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
+            f"{'.'.join(str(part) for part in error['loc']) or 'settings'}: {_said(error)}"
             for error in cause.errors(include_url=False, include_input=False)
         )
         raise SettingsInvalid(f"{source}: {problems}") from cause
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "there is no such setting (configs/default.yaml has them all)"
+    return error["msg"].removeprefix("Value error, ")

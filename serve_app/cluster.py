@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from agent.faults import Fault
+from agent.journals import open_journal
 from serve_app.settings import TroupeSettings, with_absolute_paths
 
 OBJECT_STORE_BYTES = 256 * 1024**2
@@ -70,6 +71,7 @@ class Cluster:
         import serve_app.deployment
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        ends.callback(_settle_journal, settings)
         before = signal.getsignal(signal.SIGTERM)
         context = _join_or_start(ray)
         # Ray puts a handler of its own in its place, which aborts the process.
@@ -145,6 +147,17 @@ def _join_or_start(ray: Any) -> Any:
     except (ConnectionError, RuntimeError, ValueError, OSError) as cause:
         what = os.environ.get("RAY_ADDRESS", "a local Ray")
         raise CannotStart(f"Ray: {what} could not be reached or started.") from cause
+
+
+def _settle_journal(settings: TroupeSettings) -> None:
+    """Leave the journal in one file. The processes that wrote it were killed, as is their way of
+    ending; the last connection that closes in good order folds the -wal in."""
+
+    async def opened_and_closed() -> None:
+        journal = await open_journal(settings.agent.journal_url, settings.agent.storage_dir)
+        await journal.close()
+
+    asyncio.run(opened_and_closed())
 
 
 def _quietly(step: Any) -> None:

@@ -314,9 +314,11 @@ async def get_events(
     """Every fact after the cursor once and in order, and previews of those to come. The answer is
     bounded in time and size; when it ends with the comment `reconnect`, come back with the last id."""
     # Before the head of the answer is out: afterwards no status can say that there is no session.
-    await call.sessions.view(call.who, session_id)
+    view = await call.sessions.view(call.who, session_id)
     follow = query.follow == "true"
     cursor = Cursor.parse(last_event_id or query.after or str(Cursor()))
+    if cursor.seq > Cursor.parse(view.cursor).seq:
+        raise Invalid("The cursor is ahead of this session: read it from its beginning.")
     pages = call.sessions.pages(call.who, session_id, cursor, turn=query.turn, follow=follow)
     return EventStream(pages, call.settings, follow=follow)
 

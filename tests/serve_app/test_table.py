@@ -313,3 +313,9 @@ async def test_a_foreign_session_is_not_found(
     assert is_problem(foreign, 404, "not_found") == is_problem(unknown, 404, "not_found")
     assert sessions.all[session_id].records == before
     assert (await bob.get("/v1/sessions")).json()["data"] == []
+
+
+async def test_a_cursor_ahead_of_the_session_is_invalid(alice: httpx.AsyncClient) -> None:
+    session_id = (await alice.post("/v1/sessions", json={})).json()["session_id"]
+    answer = await alice.get(f"/v1/sessions/{session_id}/events?after=99999.1.0&follow=false")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid")
