@@ -4,12 +4,14 @@ Text arrives twice: as deltas while it is written, and whole in its fact. What w
 is counted, so a delta that comes again, or a fact after its preview, prints only what is missing.
 """
 
+import json
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from serve_app.sse_client import Event
+from serve_app.sse_client import Event, Problem
 
 MAX_ARGUMENT_CHARS = 400
 MAX_RESULT_CHARS = 1200
@@ -46,6 +48,15 @@ class Screen:
         self.end_line()
         self._console.print(markup, highlight=False, emoji=False)
 
+    def asked(self, lead: str, ask: dict[str, Any]) -> None:
+        """A call that waits for a person: of the event, or of the session."""
+        arguments = ask["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        self.say(f"[yellow]{lead}[/] [cyan]{quoted(ask['tool'])}[/] {quoted(arguments)}")
+        if ask["reason"]:
+            self.say(f"  [dim]because:[/] {quoted(ask['reason'])}")
+
     def end_line(self) -> None:
         if not self._at_line_start:
             self._console.print()
@@ -78,7 +89,7 @@ class Screen:
                     self.say(f"  {boxes.get(item['status'], '□')} {quoted(item['content'])}")
             case "approval_requested":
                 for ask in data["asks"]:
-                    self.say(f"[yellow]? {quoted(ask['tool'])}[/] {quoted(ask['arguments'])}")
+                    self.asked("?", ask)
             case "model_switched":
                 self.say(f"[dim]model: {quoted(data['model'])}[/]")
             case "compacted":
@@ -108,7 +119,7 @@ class Screen:
             return
         what = "compaction" if kind == "compaction_failed" else f"turn {data['reason']}"
         detail = data.get("detail") or data.get("code") or ""
-        self.say(f"[red]{what}[/] {quoted(detail)}")
+        self.say(f"[red]{what}[/]" + (f": {quoted(detail)}" if detail else ""))
 
 
 CONTROLS = {
@@ -128,6 +139,21 @@ def printable(text: str) -> str:
 def quoted(text: str) -> str:
     """Foreign text inside Rich's markup."""
     return escape(printable(text))
+
+
+def refusal(problem: Problem) -> str:
+    """What the server said no with, in Rich's markup."""
+    hint = " Give `--key` or set TROUPE_KEY." if problem.status == 401 else ""
+    return f"[red]{quoted(problem.code)}[/]: {quoted(problem.detail)}{hint}"
+
+
+def age(at: str) -> str:
+    """How long ago that was, in the largest unit of which there is one."""
+    seconds = max(0, int((datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
 
 
 UNTOLD = {"type", "seq", "at", "message_id"}

@@ -67,6 +67,12 @@ def test_foreign_text_cannot_drive_the_terminal() -> None:
     assert output.count("[red]x[/] :smile:") == 5
 
 
+def test_a_call_that_waits_says_why() -> None:
+    ask = {"tool_call_id": "c", "tool": "bash", "arguments": '{"n": 1}', "reason": "it [deletes]"}
+    output = shown(("approval_requested", {"seq": 1, "asks": [ask]}))
+    assert output.splitlines() == ['? bash {"n": 1}', "  because: it [deletes]"]
+
+
 def test_a_turn_that_went_wrong_says_so() -> None:
     assert "no key" in shown(("turn_ended", {"seq": 1, "reason": "failed", "detail": "no key"}))
     assert shown(("turn_ended", {"seq": 1, "reason": "done", "detail": None})) == ""
