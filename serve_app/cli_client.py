@@ -37,12 +37,14 @@ class Troupe:
     def __exit__(self, *_: object) -> None:
         self.http.close()
 
-    def open(self, *, model: str | None = None, title: str | None = None) -> dict[str, Any]:
+    def open(
+        self, *, model: str | None = None, title: str | None = None, agent: str | None = None
+    ) -> dict[str, Any]:
         """
         Raises:
             Problem, httpx.TransportError
         """
-        return self._command("/v1/sessions", {"model": model, "title": title})
+        return self._command("/v1/sessions", {"model": model, "title": title, "agent": agent})
 
     def send(self, session_id: str, text: str) -> Accepted:
         return self.command(session_id, "messages", text=text)

@@ -9,6 +9,7 @@ from serve_app.cli_client import Troupe
 from serve_app.cli_models import SCRIPTED
 from serve_app.cli_show import Screen
 
+AGENT = "demo"
 TASK = "Write a small script that makes a table of squares, run it, and check what it wrote."
 
 
@@ -23,7 +24,7 @@ def demo(url: str, storage_dir: Path, console: Console) -> int:
         f"[bold]A scripted model plays[/] ({SCRIPTED}): no provider is asked, the rest is real."
     )
     with Troupe(url) as troupe:
-        session = troupe.open(model=SCRIPTED, title="demo")
+        session = troupe.open(model=SCRIPTED, title="demo", agent=AGENT)
         session_id = session["session_id"]
         console.print(f"POST {url}/v1/sessions → 201, session {session_id}")
         accepted = troupe.send(session_id, TASK)
