@@ -15,6 +15,7 @@ import httpx
 import typer
 import yaml
 from pydantic import ValidationError
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -25,13 +26,19 @@ from serve_app.cli_client import Troupe
 from serve_app.cli_demo import demo as demo_on
 from serve_app.cli_models import SCRIPTED, choose
 from serve_app.cli_run import Run, RunFile
-from serve_app.cli_show import quoted
+from serve_app.cli_show import age, quoted, refusal
 from serve_app.cluster import Cluster, Running
 from serve_app.settings import ServeSettings, TroupeSettings, load_settings, with_absolute_paths
 from serve_app.sse_client import Lost, Problem
 
 DOWN_MARGIN_S = 60.0
 """Over what draining may take: to end Serve and Ray after the sessions came to rest."""
+
+STARTING = "Starting Ray and Serve: this takes about half a minute, more on busy cores."
+N_SHOWN = 20
+"""Of the caller's sessions, in `status`."""
+WIDE = 120
+"""Columns from which `status` has room for more than what tells sessions apart."""
 
 app = typer.Typer(
     name="troupe",
@@ -85,8 +92,9 @@ def up(
 
 def _run(settings: TroupeSettings, write: Any) -> None:
     cluster = Cluster(settings)
+    console.print(STARTING)
     try:
-        with console.status("Starting Ray and Serve…"):
+        with console.status("Starting…"):
             running = cluster.start()
     except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits
         console.print("Interrupted while starting.")
@@ -159,26 +167,36 @@ def status(url: UrlOption = None, key: KeyOption = None, config: ConfigOption = 
             f"Sessions live: {capacity['live']} of {capacity['limit']},"
             f" yours {user['live']} of {user['limit']}, warm actors {capacity['warm']}"
         )
-        table = Table(
-            Column("session", no_wrap=True, min_width=32),
-            "status",
-            "model",
-            "messages",
-            "USD",
-            "title",
-        )
-        for one in troupe.get("/v1/sessions", limit=20)["data"]:
-            table.add_row(
-                one["session_id"],
-                one["status"],
-                quoted(one["model"]),
-                str(one["n_messages"]),
-                f"{one['spend_usd']:.4f}" + ("+" if one["n_unpriced"] else ""),
-                quoted(one["title"] or ""),
-            )
-        console.print(table)
+        _show_sessions(troupe.get("/v1/sessions", limit=N_SHOWN))
         if not ready:
             raise typer.Exit(1)
+
+
+def _show_sessions(page: dict[str, Any]) -> None:
+    wide = console.width >= WIDE
+    more = ("model", "messages", "USD") if wide else ()
+    table = Table(
+        Column("session", no_wrap=True),
+        Column("status", no_wrap=True),
+        Column("age", no_wrap=True, justify="right"),
+        *more,
+        Column("title", no_wrap=True, overflow="ellipsis", ratio=1),  # what the others leave
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        expand=True,
+    )
+    for one in page["data"]:
+        spent = f"{one['spend_usd']:.4f}" + ("+" if one["n_unpriced"] else "")
+        table.add_row(
+            one["session_id"],
+            one["status"],
+            age(one["created_at"]),
+            *((quoted(one["model"]), str(one["n_messages"]), spent) if wide else ()),
+            quoted(one["title"] or ""),
+        )
+    console.print(table, soft_wrap=False)
+    if page["next"]:
+        console.print(f"There are more: these are the newest {N_SHOWN}.")
 
 
 def _ready(troupe: Troupe) -> bool:
@@ -248,8 +266,9 @@ def demo(
         settings = _with_model(settings, SCRIPTED)
         cluster = Cluster(settings)
         with RunFile(settings.agent.storage_dir).held() as write:
+            console.print(STARTING)
             try:
-                with console.status("Starting a local Ray and Serve…"):
+                with console.status("Starting…"):
                     running = cluster.start()
                 write(_run_of(running, settings))
                 code = demo_on(running.url, settings.agent.storage_dir, console)
@@ -277,10 +296,17 @@ def _settings(files: list[Path] | None, **options: Any) -> TroupeSettings:
     try:
         checked = ServeSettings.model_validate(loaded.serve.model_dump() | serve)
     except ValidationError as cause:
-        problems = "; ".join(error["msg"] for error in cause.errors(include_url=False))
-        raise SettingsInvalid(problems) from cause
+        problems = [_about_option(error) for error in cause.errors(include_url=False)]
+        raise SettingsInvalid("; ".join(problems)) from cause
     agent = loaded.agent.model_copy(update={"storage_dir": storage_dir})
     return with_absolute_paths(loaded.model_copy(update={"agent": agent, "serve": checked}))
+
+
+def _about_option(error: Any) -> str:
+    """One of pydantic's errors. What the files and the environment say was checked before, so a
+    field in it was an option."""
+    problem = error["msg"].removeprefix("Value error, ")
+    return f"--{error['loc'][0]}: {problem}" if error["loc"] else problem
 
 
 def _with_model(settings: TroupeSettings, model: str) -> TroupeSettings:
@@ -303,7 +329,12 @@ def _troupe(url: str | None, key: str | None, config: list[Path] | None) -> Trou
             console.print(f"It is still starting (pid {run.pid}).")
             raise typer.Exit(1)
         url = run.url
-    return Troupe(url, key)
+    try:
+        return Troupe(url, key)
+    except httpx.InvalidURL as cause:
+        raise typer.BadParameter(f"{url!r} is no URL ({cause})", param_hint="--url") from cause
+    except UnicodeEncodeError as cause:
+        raise typer.BadParameter("a key is plain ASCII", param_hint="--key") from cause
 
 
 @contextmanager
@@ -314,7 +345,7 @@ def faults_are_sentences() -> Generator[None]:
     except Fault as fault:
         console.print(f"[red]{escape(fault.detail)}[/]")
     except Problem as problem:
-        console.print(f"[red]{quoted(problem.code)}[/] {quoted(problem.detail)}")
+        console.print(refusal(problem))
     except Lost as lost:
         console.print(f"[red]{escape(str(lost))}[/]")
     except httpx.TransportError as error:

@@ -7,15 +7,16 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from actors.protocol import Open, Principal, Sessions
+from actors.protocol import Close, Open, Principal, Sessions
 from serve_app.auth import new_key, read_keys
+from serve_app.cli import N_SHOWN
 from serve_app.cli_models import PROVIDERS, SCRIPTED, choose
 from serve_app.cli_run import AlreadyRunning, Run, RunFile
 from serve_app.cluster import CannotStart, free_port, prepare_environment
@@ -58,11 +59,13 @@ class Program:
 
 
 @asynccontextmanager
-async def troupe(cwd: Path, *arguments: str, limit_s: float = LIMIT_S) -> AsyncIterator[Program]:
+async def troupe(
+    cwd: Path, *arguments: str, limit_s: float = LIMIT_S, n_columns: int = 200
+) -> AsyncGenerator[Program, None]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "serve_app.cli", *arguments,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(n_columns), "PYTHONUNBUFFERED": "1"},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -77,8 +80,8 @@ async def troupe(cwd: Path, *arguments: str, limit_s: float = LIMIT_S) -> AsyncI
         await process.wait()
 
 
-async def run(cwd: Path, *arguments: str, limit_s: float = LIMIT_S) -> Done:
-    async with troupe(cwd, *arguments, limit_s=limit_s) as program:
+async def run(cwd: Path, *arguments: str, limit_s: float = LIMIT_S, n_columns: int = 200) -> Done:
+    async with troupe(cwd, *arguments, limit_s=limit_s, n_columns=n_columns) as program:
         return await program.done()
 
 
@@ -214,6 +217,8 @@ async def test_up_refuses_before_it_starts_anything(tmp_path: Path) -> None:
         clash = await run(tmp_path, "up", "--dev", "--port", str(port))
     assert clash.code == 1
     assert str(port) in clash.output
+    beyond = await run(tmp_path, "up", "--dev", "--port", "70000")
+    assert (beyond.code, "--port: " in beyond.output) == (1, True)
     assert "Traceback" not in no_keys.output + open_dev.output + second.output + clash.output
 
 
@@ -246,10 +251,35 @@ async def test_status_shows_the_callers_sessions(
     assert "his" not in done.output
 
 
+async def test_status_fits_a_terminal_and_says_that_there_are_more(
+    tmp_path: Path, url: str, tokens: dict[str, str], sessions: Sessions
+) -> None:
+    for n in range(N_SHOWN + 1):
+        view = await sessions.open(Principal("alice"), Open(title=f"number {n} " + "x" * 100))
+        await sessions.submit(Principal("alice"), view.session_id, Close())
+    done = await run(tmp_path, "status", "--url", url, "--key", tokens["alice"], n_columns=80)
+    assert done.code == 0
+    assert f"newest {N_SHOWN}" in done.output
+    assert "number 0 " not in done.output
+    rows = [line for line in done.output.splitlines() if " closed " in line]
+    assert len(rows) == N_SHOWN
+    assert all(len(row) <= 80 and "number" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--url", "http://x:port"), ("--url", "http://x", "--key", "schlüssel")]
+)
+async def test_an_option_that_is_wrong_is_named(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = await run(tmp_path, "status", *arguments)
+    assert done.code == 2
+    assert f"{arguments[-2]}:" in done.output
+
+
 async def test_a_wrong_key_is_a_sentence(tmp_path: Path, url: str) -> None:
     done = await run(tmp_path, "status", "--url", url, "--key", new_key("x").token)
     assert done.code == 1
-    assert "unauthorized" in done.output
+    assert "unauthorized: " in done.output
+    assert "--key" in done.output
     assert "Traceback" not in done.output
 
 
