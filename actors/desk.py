@@ -207,14 +207,23 @@ class Desk:
         for _ in range(MAX_GIVE_WAY_TRIES):
             if isinstance(taken, Lease):
                 return taken
-            leaving = self.ledger.give_way(taken.scope, user_id)
-            if leaving is None:
+            waiting = self.ledger.give_way(taken.scope, session_id, user_id)
+            if waiting is None:
                 break
-            if await self._move(leaving.session_id, lambda lease=leaving: self._send_away(lease)):
-                taken = self.ledger.replace(leaving, session_id, user_id)
+            taken = await self._place_of_another(waiting)
         if isinstance(taken, Lease):
             return taken
         raise _at_capacity(taken)
+
+    async def _place_of_another(self, waiting: Lease) -> Lease | Refusal:
+        """Send the session away whose place the lease waits for."""
+        leaving = waiting.instead_of or waiting
+        with self.ledger.returned_on_failure(waiting):
+            went = await self._move(leaving.session_id, lambda: self._send_away(leaving))
+        if went:
+            return self.ledger.inherit(waiting)
+        self.ledger.stay(waiting)
+        return self.ledger.take(waiting.session_id, waiting.user_id)
 
     async def _send_away(
         self, lease: Lease, reason: Literal["idle", "capacity", "shutdown"] = "capacity"
@@ -232,8 +241,6 @@ class Desk:
             return True
         if went:
             await self._vacate(lease.session_id, clean=True)
-        else:
-            self.ledger.stay(lease)
         return went
 
     async def _place(self, lease: Lease) -> Route:

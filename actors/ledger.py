@@ -23,7 +23,10 @@ class Lease:
     user_id: str
     lane: Lane
     taken_at_s: float
-    state: Literal["reserved", "live", "passivating"] = "reserved"
+    state: Literal["waiting", "reserved", "live", "passivating"] = "reserved"
+    """`waiting`: for the place of another session, which it counts in until that has left."""
+    instead_of: "Lease | None" = None
+    """Whose place, while waiting."""
     idle_since_s: float | None = None
     """None: a turn runs."""
     noted: tuple[int, int] = (0, 0)
@@ -72,8 +75,8 @@ class Ledger:
             raise ValueError(session_id)
         if self._per_user[user_id] >= self.max_sessions_per_user:
             return Refusal("per_user", self._per_user[user_id], self.max_sessions_per_user)
-        if len(self._leases) >= self.max_sessions:
-            return Refusal("global", len(self._leases), self.max_sessions)
+        if self.n_live >= self.max_sessions:
+            return Refusal("global", self.n_live, self.max_sessions)
         return self._enter(Lease(session_id, user_id, lane, self._now_s()))
 
     def take_over(self, session_id: str, user_id: str, epoch: int) -> Lease:
@@ -84,13 +87,8 @@ class Ledger:
 
     def _enter(self, lease: Lease) -> Lease:
         self._leases[lease.session_id] = lease
-        self._per_user[lease.user_id] += 1
+        self._count(lease.user_id, +1)
         return lease
-
-    def replace(self, leaving: Lease, session_id: str, user_id: str) -> Lease | Refusal:
-        """Release one lease and take another in the same step: nobody comes in between."""
-        self.release(leaving)
-        return self.take(session_id, user_id)
 
     def confirm(self, lease: Lease, epoch: int = 0) -> bool:
         """The session lives, in this epoch. False: the reservation expired, the slot may be another's."""
@@ -106,10 +104,14 @@ class Ledger:
         if not self.holds(lease):
             return False
         del self._leases[lease.session_id]
-        self._per_user[lease.user_id] -= 1
-        if not self._per_user[lease.user_id]:
-            del self._per_user[lease.user_id]
+        if lease.instead_of is None or lease.instead_of.user_id != lease.user_id:
+            self._count(lease.user_id, -1)
         return True
+
+    def _count(self, user_id: str, change: int) -> None:
+        self._per_user[user_id] += change
+        if not self._per_user[user_id]:
+            del self._per_user[user_id]
 
     @contextmanager
     def returned_on_failure(self, lease: Lease) -> Generator[None]:
@@ -136,10 +138,12 @@ class Ledger:
             lease.noted = (epoch, n)
             lease.idle_since_s = None if is_busy else self._now_s()
 
-    def give_way(self, scope: Scope, user_id: str) -> Lease | None:
-        """Choose the longest idle lease whose end would help, and mark it as passivating.
+    def give_way(self, scope: Scope, session_id: str, user_id: str) -> Lease | None:
+        """A lease that waits for the place of the longest idle session whose end would help; that one
+        is marked as passivating. None: nobody can go.
 
-        The caller passivates the session and then `replace`s the lease, or calls `stay`.
+        The newcomer counts from here on where it will count in the end, so nobody is sent away for one
+        who is refused afterwards. The caller passivates `instead_of`, and calls `inherit` or `stay`.
         """
         idle = [
             lease
@@ -150,16 +154,33 @@ class Ledger:
         ]
         if not idle:
             return None
-        chosen = min(idle, key=lambda lease: lease.idle_since_s or 0.0)
-        chosen.state = "passivating"
-        return chosen
+        leaving = min(idle, key=lambda lease: lease.idle_since_s or 0.0)
+        leaving.state = "passivating"
+        lease = Lease(session_id, user_id, "interactive", self._now_s(), "waiting", leaving)
+        self._leases[session_id] = lease
+        if leaving.user_id != user_id:
+            self._count(user_id, +1)
+        return lease
+
+    def inherit(self, lease: Lease) -> Lease | Refusal:
+        """The session waited for has left: its place is the waiting lease's, in the same step."""
+        leaving = lease.instead_of
+        if leaving is None or not self.holds(leaving):
+            # It was closed or died meanwhile, and its place may be another's by now.
+            self.release(lease)
+            return self.take(lease.session_id, lease.user_id, lease.lane)
+        self.release(lease)
+        self.release(leaving)
+        return self._enter(Lease(lease.session_id, lease.user_id, lease.lane, self._now_s()))
 
     def stay(self, lease: Lease) -> None:
-        """It would not go: something is under way there. Whether a turn is, its reports say; if none
-        is, it is the last to be asked again."""
-        lease.state = "live"
-        if lease.idle_since_s is not None:
-            lease.idle_since_s = self._now_s()
+        """The session waited for would not go: something is under way there. Whether a turn is, its
+        reports say; if none is, it is the last to be asked again. The waiting lease ends."""
+        self.release(lease)
+        if (staying := lease.instead_of) is not None:
+            staying.state = "live"
+            if staying.idle_since_s is not None:
+                staying.idle_since_s = self._now_s()
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -175,11 +196,13 @@ class Ledger:
 
     @property
     def n_live(self) -> int:
-        """Every slot that is taken, in whatever state."""
-        return len(self._leases)
+        """Every slot that is taken, in whatever state. Who waits for a place has none yet."""
+        return sum(lease.state != "waiting" for lease in self._leases.values())
 
     def n_live_of(self, user_id: str) -> int:
         return self._per_user[user_id]
 
     def n_live_in(self, lane: Lane) -> int:
-        return sum(lease.lane == lane for lease in self._leases.values())
+        return sum(
+            lease.lane == lane and lease.state != "waiting" for lease in self._leases.values()
+        )

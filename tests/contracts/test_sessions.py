@@ -435,13 +435,16 @@ async def test_a_running_turn_never_gives_way(sessions: Sessions) -> None:
 
 
 async def test_a_burst_of_opens_ends_exactly_at_the_limit(sessions: Sessions) -> None:
-    await asyncio.gather(
+    answers = await asyncio.gather(
         *(opened(sessions) for _ in range(8)),
         *(opened(sessions, BOB) for _ in range(8)),
         return_exceptions=True,
     )
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert [fault for fault in refused if not isinstance(fault, AtCapacity)] == []
     capacity = await sessions.capacity(ALICE)
-    assert capacity.user.live == 3
+    theirs = (await sessions.capacity(BOB)).user.live
+    assert sorted([capacity.user.live, theirs]) == [2, 3]  # who comes first is chance
     assert capacity.live == 5
     assert (capacity.limit, capacity.user.limit) == (5, 3)
 
