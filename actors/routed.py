@@ -7,6 +7,7 @@ Reads of rows, messages and trajectories come from the journal; they wake nobody
 
 import asyncio
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ class Stage(Protocol):
     ) -> AsyncGenerator[Page]: ...
 
 
-class RoutedSessions:
+class RoutedSessions(ABC):
     """Implements `actors.protocol.Sessions`. Subclasses say how to reach a host."""
 
     def __init__(self, desk: DeskPort, kit: Kit) -> None:
@@ -91,8 +92,9 @@ class RoutedSessions:
         self._journal = kit.journal
         self._routes: dict[str, Route] = {}
 
+    @abstractmethod
     def _stage(self, route: Route) -> Stage:
-        raise NotImplementedError
+        """The host that a route names; it need not live any more."""
 
     # -- commands ----------------------------------------------------------------------------
 

@@ -311,6 +311,20 @@ async def test_call_ids_that_a_provider_repeats_stay_apart(stand: MakeStand) -> 
     assert [f.text for f in await made.facts(ToolFinished)] == ["one", "two"]
 
 
+async def test_call_ids_that_one_answer_repeats_stay_apart(stand: MakeStand) -> None:
+    class OneId(ScriptedModel):
+        async def stream(self, request: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+            async for item in super().stream(request):
+                if hasattr(item, "tool_calls"):
+                    calls = [c.model_copy(update={"tool_call_id": "x"}) for c in item.tool_calls]
+                    item = item._replace(tool_calls=tuple(calls))  # noqa: PLW2901
+                yield item
+
+    made = stand(model=OneId([Reply(tool_calls=(call("echo", "one"), call("echo", "two"))), SAY]))
+    await made.ended(await made.open(), "go")
+    assert sorted(f.text for f in await made.facts(ToolFinished)) == ["one", "two"]
+
+
 async def test_another_user_gets_nothing(stand: MakeStand) -> None:
     activation = await stand(SAY).open()
     with pytest.raises(NotFound):

@@ -206,3 +206,14 @@ def test_a_session_that_began_to_work_while_it_started_is_busy() -> None:
     book.note(lease, 3, 1, is_busy=True)
     book.confirm(lease, 3)
     assert leaving(book, "global", "b") is None
+
+
+def test_a_rest_that_was_told_before_the_refusal_to_go_still_counts() -> None:
+    book = ledger(Clock(), limit=1)
+    lease = live(book, "one", "a")
+    waiting = book.give_way("global", "two", "b")
+    assert waiting is not None
+    book.note(lease, 1, 1, is_busy=True)
+    book.note(lease, 1, 2, is_busy=False)
+    book.stay(waiting)
+    assert leaving(book, "global", "b") is lease
