@@ -31,9 +31,23 @@ class ActorsSettings(Section):
     """Limit of one wait of a reader; the stream's heartbeat."""
     close_wait_s: float = Field(default=30.0, gt=0)
     """Limit for a session to come to rest when it is closed, deleted or drained."""
+    drain_s: float = Field(default=30.0, gt=0)
+    """What running turns get to reach a place between two steps when the cluster stops or is rolled."""
+    max_recoveries: int = Field(default=3, ge=0)
+    """Deaths of the process under one turn, within `recovery_window_s`, after which the turn is failed
+    and not begun again."""
+    recovery_window_s: float = Field(default=600.0, gt=0)
+    sweep_s: float = Field(default=15.0, gt=0)
+    """Between two looks for open turns that nobody works at."""
+    probe_s: float = Field(default=10.0, gt=0)
+    """A session's process that does not answer for this long, twice in a row, is replaced."""
+    reap_s: float = Field(default=10.0, gt=0)
+    """Between two looks of a node for processes that dead sessions left."""
+    max_readers: int = Field(default=2000, ge=1)
+    """Of one session at once; one more is refused."""
     ring_events: int = Field(default=2048, ge=16)
     """Events that an activation keeps for readers that come back; older facts come from the journal."""
     max_queued_turns: int = Field(default=32, ge=1)
-    """Commands waiting behind a running turn; one more is Conflict."""
+    """Commands waiting behind a running turn; one more is QueueFull."""
     quotas: dict[str, Quota] = {}
     """By group name."""

@@ -10,6 +10,7 @@ arrive while a turn runs wait in `queue` and enter the view when their turn begi
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from agent import gate
@@ -45,6 +46,7 @@ from agent.events import (
     ToolStarted,
     TurnEnded,
     UserMessage,
+    WorkspaceRestored,
 )
 from agent.owed import (
     CallModel,
@@ -95,6 +97,12 @@ UNKNOWN = (
 )
 
 
+NEW_SHELL = (
+    "[This is a new shell: the working directory, variables and background processes of the one"
+    " before are gone. Files of the workspace are there.]"
+)
+
+
 class Context:
     """A session as its records tell it."""
 
@@ -128,6 +136,9 @@ class Context:
         self._seeded = False
         self._overflowed = False
         self._tokens = 0
+        self._had_sandbox = False
+        self.recovered_at: list[datetime] = []
+        """When the running turn's process was found dead."""
 
     # -- the fold ----------------------------------------------------------------------------
 
@@ -154,8 +165,10 @@ class Context:
                 self.opened = fact
                 self.model = fact.model
                 self._tokens = self._estimate()
-            case Activated(epoch=epoch):
+            case Activated(epoch=epoch, reason=reason):
                 self.epoch = epoch
+                if reason == "recovered" and self.turn is not None:
+                    self.recovered_at.append(record.at)
             case AssistantMessage() as fact:
                 calls = {call.tool_call_id: Call(call) for call in fact.tool_calls}
                 self.view.append(AssistantEntry(record.seq, fact.turn, fact, calls))
@@ -194,8 +207,13 @@ class Context:
                 self.view = [entry for entry in self.view if entry.turn <= to]
                 self._compactions = [pair for pair in self._compactions if pair[0] <= to]
                 self._tokens = self._estimate()
-            case SandboxOpened():
+            case SandboxOpened(turn=turn):
                 self.sandbox_open = True
+                if self._had_sandbox:
+                    self.view.append(UserEntry(record.seq, turn, NEW_SHELL, seed=True))
+                self._had_sandbox = True
+            case WorkspaceRestored(turn=turn, detail=str(detail)):
+                self.view.append(UserEntry(record.seq, turn, f"[{detail}]", seed=True))
             case SandboxClosed():
                 self.sandbox_open = False
             case TurnEnded():
@@ -217,6 +235,7 @@ class Context:
         self.n_steps = 0
         self._compaction_done = self._seeded = self._overflowed = False
         self._compaction_failed = None
+        self.recovered_at = []
         match opening.fact:
             case UserMessage(text=text, turn=turn):
                 self.view.append(UserEntry(opening.seq, turn, text))

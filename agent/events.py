@@ -249,6 +249,33 @@ class SandboxClosed(Fact):
     reason: str
 
 
+class WorkspaceSaved(Fact):
+    """The workspace, as it was when the session last came to rest, is where other nodes find it."""
+
+    type: Literal["workspace_saved"] = "workspace_saved"
+    snapshot_id: str
+    n_files: int
+    n_bytes: int
+    n_skipped: int = 0
+    """Files that are not in it: over a limit, or no regular files."""
+    skipped: tuple[str, ...] = ()
+    """The first of them, relative to the workspace."""
+
+
+class WorkspaceRestored(Fact):
+    """The workspace was not on this node, or older than its snapshot, and was made from it."""
+
+    type: Literal["workspace_restored"] = "workspace_restored"
+    snapshot_id: str | None
+    """None: there was none that could be read, and the workspace is empty."""
+    n_files: int
+    n_bytes: int
+    n_missing: int = 0
+    """Files that are known to be lost."""
+    detail: str | None = None
+    """What is lost, for the model and for a person. None: nothing that is known of."""
+
+
 class TurnEnded(Fact):
     type: Literal["turn_ended"] = "turn_ended"
     reason: EndReason
@@ -272,7 +299,7 @@ AnyFact = Annotated[
     SessionOpened | Activated | UserMessage | AssistantMessage | ModelCalled | ToolStarted
     | ToolFinished | ApprovalRequested | ApprovalDecided | InterruptRequested | PlanUpdated
     | ModelSwitched | CompactionRequested | Compacted | CompactionFailed | SeedRequested | Seeded
-    | Rewound | SandboxOpened | SandboxClosed | TurnEnded | Passivated | SessionClosed,
+    | Rewound | SandboxOpened | SandboxClosed | WorkspaceSaved | WorkspaceRestored | TurnEnded | Passivated | SessionClosed,
     Field(discriminator="type"),
 ]  # fmt: skip
 FACT: TypeAdapter[AnyFact] = TypeAdapter(AnyFact)

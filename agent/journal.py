@@ -188,8 +188,34 @@ class Journal(Protocol):
         """
         ...
 
+    async def unrested(self, *, limit: int, after: str | None = None) -> RowPage:
+        """Sessions of all users that are not closed and have an open turn, oldest created first.
+
+        A session that comes to rest while someone pages does not move the pages that follow.
+
+        Raises:
+            ValueError: as for `rows`.
+        """
+        ...
+
+    async def keep_secret(self, session_id: str, sealed: bytes | None) -> None:
+        """Keep one sealed secret beside a session, in place of the one before; None: none any more.
+        It goes with the session. The store never sees it open (`agent.vault`).
+
+        Raises:
+            NoSuchSession
+        """
+        ...
+
+    async def secret(self, session_id: str) -> bytes | None:
+        """
+        Raises:
+            NoSuchSession
+        """
+        ...
+
     async def delete(self, session_id: str) -> None:
-        """Remove a session and all its records. Quota charges stay.
+        """Remove a session, all its records and its secret. Quota charges stay.
 
         Raises:
             NoSuchSession

@@ -16,6 +16,7 @@ class _Session:
     records: list[Record] = field(default_factory=list[Record])
     known: dict[str, int] = field(default_factory=dict[str, int])
     """The seq of each message_id."""
+    secret: bytes | None = None
 
     def add(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -104,6 +105,21 @@ class MemoryJournal:
         rows = [row for row in own if key is None or PageKey.of(row) < key]
         rows.sort(key=PageKey.of, reverse=True)
         return page_of(rows, limit)
+
+    async def unrested(self, *, limit: int, after: str | None = None) -> RowPage:
+        self._check_open()
+        if limit < 1:
+            raise ValueError("limit")
+        key = PageKey.parse(after) if after is not None else None
+        due = (s.row for s in self._sessions.values() if s.row.n_open_turns and not s.row.closed)
+        rows = [row for row in due if key is None or PageKey.of(row) > key]
+        return page_of(sorted(rows, key=PageKey.of), limit)
+
+    async def keep_secret(self, session_id: str, sealed: bytes | None) -> None:
+        self._session(session_id).secret = sealed
+
+    async def secret(self, session_id: str) -> bytes | None:
+        return self._session(session_id).secret
 
     async def delete(self, session_id: str) -> None:
         self._session(session_id)

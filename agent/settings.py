@@ -58,12 +58,37 @@ class ToolSettings(Section):
     max_output_bytes: int = Field(default=25_000, ge=1000)
     read_max_lines: int = Field(default=2000, ge=1)
 
+    max_tool_s: float = Field(default=1500.0, gt=0)
+    """Of any one call; a tool's own limit comes first."""
+
+
+class StorageSettings(Section):
+    """Where workspaces are kept for other nodes."""
+
+    url: str | None = None
+    """An fsspec URL (`s3://bucket/prefix`, `file:///mnt/shared`, ...); None: `snapshots` in
+    `storage_dir`. All nodes must see the same one."""
+    max_bytes: int = Field(default=256 * 1024**2, ge=0)
+    """Of one workspace's files together; those over it are left out and told of. 0: no snapshots."""
+    max_files: int = Field(default=20_000, ge=1)
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Of one save or restore."""
+
+
+class SecretsSettings(Section):
+    key_env: str | None = None
+    """Name of the environment variable with the Fernet key, on every node, under which users' tokens
+    are kept in the journal's database. None: in memory only, so a restarted cluster has forgotten them."""
+
 
 class AgentSettings(Section):
     """Floor 1."""
 
     journal_url: str = "sqlite:///journal.sqlite3"
-    """`memory:` or `sqlite:///path`, relative to `storage_dir`."""
+    """`memory:`, `sqlite:///path` (relative to `storage_dir`), or `postgresql://user@host:port/db`,
+    with the password in PGPASSWORD or a .pgpass file of every node."""
+    journal_timeout_s: float = Field(default=10.0, gt=0)
+    """Of one answer of a journal's server."""
     storage_dir: Path = Path("var")
     """Workspaces, trajectories and the embedded journal."""
     agents_dir: Path | None = None
@@ -73,6 +98,8 @@ class AgentSettings(Section):
     """None: the agent's own."""
     model: ModelSettings = ModelSettings()
     tools: ToolSettings = ToolSettings()
+    storage: StorageSettings = StorageSettings()
+    secrets: SecretsSettings = SecretsSettings()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
