@@ -111,7 +111,9 @@ class MemoryJournal:
         if limit < 1:
             raise ValueError("limit")
         key = PageKey.parse(after) if after is not None else None
-        due = (s.row for s in self._sessions.values() if s.row.n_open_turns and not s.row.closed)
+        due = (
+            s.row for s in self._sessions.values() if s.row.n_open_turns > 0 and not s.row.closed
+        )
         rows = [row for row in due if key is None or PageKey.of(row) > key]
         return page_of(sorted(rows, key=PageKey.of), limit)
 

@@ -30,33 +30,14 @@ from agent.faults import (
     boundary,
 )
 from agent.journal import PageKey, RowPage, SessionRow, encoded, message_ids, page_of, utc_now
+from agent.migrations import steps
 
-SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
 """Limit of one wait for another process's transaction. One takes milliseconds; only a stopped
 process or a drowning disk holds it for long."""
 MAX_GROUP = 64
 """Writes in one transaction: what one waits for the others stays a few milliseconds."""
 
-_SCHEMA = """
-CREATE TABLE schema_version (version INTEGER NOT NULL);
-CREATE TABLE sessions (
-    session_id TEXT PRIMARY KEY, user_id TEXT NOT NULL, agent TEXT NOT NULL, title TEXT,
-    model TEXT NOT NULL, created_at TEXT NOT NULL, updated_at TEXT NOT NULL, epoch INTEGER NOT NULL,
-    head INTEGER NOT NULL, closed INTEGER NOT NULL, n_open_turns INTEGER NOT NULL,
-    n_messages INTEGER NOT NULL, pending TEXT NOT NULL, usage TEXT NOT NULL,
-    spend_usd REAL NOT NULL, n_unpriced INTEGER NOT NULL);
-CREATE INDEX sessions_by_owner ON sessions (user_id, created_at, session_id);
-CREATE TABLE records (
-    session_id TEXT NOT NULL, seq INTEGER NOT NULL, epoch INTEGER NOT NULL, at TEXT NOT NULL,
-    message_id TEXT, body TEXT NOT NULL, PRIMARY KEY (session_id, seq));
-CREATE UNIQUE INDEX commands ON records (session_id, message_id) WHERE message_id IS NOT NULL;
-CREATE TABLE deleted (session_id TEXT PRIMARY KEY);
-CREATE TABLE quota (
-    user_id TEXT NOT NULL, quota_group TEXT NOT NULL, session_id TEXT NOT NULL, day TEXT NOT NULL,
-    PRIMARY KEY (user_id, quota_group, session_id));
-CREATE INDEX quota_by_day ON quota (user_id, quota_group, day);
-"""
 _COLUMNS = tuple(SessionRow.model_fields)
 _INSERT_ROW = (
     f"INSERT INTO sessions ({', '.join(_COLUMNS)})"  # noqa: S608  names of our own
@@ -203,11 +184,49 @@ class SqliteJournal:
 
         return await self._read(work)
 
+    async def unrested(self, *, limit: int, after: str | None = None) -> RowPage:
+        if limit < 1:
+            raise ValueError("limit")
+        key = PageKey.parse(after) if after is not None else None
+        bound = (_instant(key.created_at), key.session_id) if key else ("", "")
+
+        def work(db: sqlite3.Connection) -> RowPage:
+            found = db.execute(
+                "SELECT * FROM sessions WHERE n_open_turns > 0 AND closed = 0"
+                " AND (created_at, session_id) > (?, ?) ORDER BY created_at, session_id LIMIT ?",
+                (*bound, limit + 1),
+            )
+            return page_of([_loaded(each) for each in found], limit)
+
+        return await self._read(work)
+
+    async def keep_secret(self, session_id: str, sealed: bytes | None) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            _row(db, session_id)
+            db.execute("DELETE FROM secrets WHERE session_id = ?", (session_id,))
+            if sealed is not None:
+                db.execute("INSERT INTO secrets VALUES (?, ?)", (session_id, sealed))
+
+        await self._write(work)
+
+    async def secret(self, session_id: str) -> bytes | None:
+        def work(db: sqlite3.Connection) -> bytes | None:
+            found = db.execute(
+                "SELECT sealed FROM sessions LEFT JOIN secrets USING (session_id)"
+                " WHERE session_id = ?",
+                (session_id,),
+            ).fetchone()
+            if found is None:
+                raise NoSuchSession("There is no such session.")
+            return found[0]
+
+        return await self._read(work)
+
     async def delete(self, session_id: str) -> None:
         def work(db: sqlite3.Connection) -> None:
             _row(db, session_id)
-            db.execute("DELETE FROM records WHERE session_id = ?", (session_id,))
-            db.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
+            for table in ("records", "secrets", "sessions"):
+                db.execute(f"DELETE FROM {table} WHERE session_id = ?", (session_id,))  # noqa: S608  names of our own
             db.execute("INSERT INTO deleted VALUES (?)", (session_id,))
 
         await self._write(work)
@@ -325,15 +344,44 @@ def _connected(path: Path, sync: str) -> sqlite3.Connection:
         failing.callback(db.close)
         db.row_factory = sqlite3.Row
         db.execute(f"PRAGMA synchronous = {sync}")
-        found = db.execute("SELECT version FROM schema_version").fetchone()[0]
-        if found != SCHEMA_VERSION:
-            raise JournalFault(
-                f"The journal file has schema {found}; this version reads {SCHEMA_VERSION}.",
-                found=found,
-                expected=SCHEMA_VERSION,
-            )
+        _migrate(db)
         failing.pop_all()
     return db
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Bring the schema up to ours, all steps or none; of many processes one does it.
+
+    Raises:
+        JournalFault: a newer version than this one made the file.
+    """
+    ours = steps("sqlite")
+    if _schema_version(db) == len(ours):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        if (found := _schema_version(db)) > len(ours):
+            raise JournalFault(
+                f"The journal file has schema {found}; this version reads {len(ours)}.",
+                found=found,
+                expected=len(ours),
+            )
+        for step in ours[found:]:
+            # Not executescript, which would commit first. No statement of ours has a ; inside.
+            for statement in step.split(";"):
+                db.execute(statement)
+        db.execute("UPDATE schema_version SET version = ?", (len(ours),))
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def _schema_version(db: sqlite3.Connection) -> int:
+    """0: an empty file."""
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'schema_version'").fetchone():
+        return 0
+    return db.execute("SELECT version FROM schema_version").fetchone()[0]
 
 
 def _make(path: Path) -> None:
@@ -347,11 +395,9 @@ def _make(path: Path) -> None:
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(descriptor)
     try:
-        with closing(sqlite3.connect(draft)) as db:
+        with closing(sqlite3.connect(draft, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(_SCHEMA)
-            db.execute("INSERT INTO schema_version VALUES (?)", (SCHEMA_VERSION,))
-            db.commit()
+            _migrate(db)
         with suppress(FileExistsError):
             path.hardlink_to(draft)
     finally:

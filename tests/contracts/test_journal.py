@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import sys
 import threading
+from contextlib import closing
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from agent.journal import Journal, SessionRow, read_all
 from agent.journal_memory import MemoryJournal
 from agent.journal_sqlite import SqliteJournal
 from agent.journals import open_journal
+from agent.migrations import steps
 from tests.support import journals
 from tests.support.journals import Clock, Store, opening
 
@@ -203,6 +205,8 @@ async def test_a_deleted_session_is_gone_for_everyone(store: Store) -> None:
         journal.read(session_id),
         journal.fence(session_id),
         journal.append(session_id, epoch, [said("y")]),
+        journal.keep_secret(session_id, b"x"),
+        journal.secret(session_id),
         journal.delete(session_id),
     ):
         with pytest.raises(NoSuchSession):
@@ -269,6 +273,48 @@ async def test_a_garbled_place_in_a_list_is_a_value_error(store: Store, garbage:
         await journal.rows("ann", limit=3, after=garbage)
     with pytest.raises(ValueError):
         await journal.rows("ann", limit=0)
+    with pytest.raises(ValueError):
+        await journal.unrested(limit=3, after=garbage)
+    with pytest.raises(ValueError):
+        await journal.unrested(limit=0)
+
+
+async def test_what_has_an_open_turn_is_listed_for_all_users_oldest_first(store: Store) -> None:
+    journal, other = await store(), await store()
+    for n in range(7):
+        await journal.create(opening(f"s{n}", user_id=f"user {n}"), said("go"))
+    await journal.create(opening("never asked"))
+    await journal.append("s1", 0, [SessionClosed()])
+    await journal.append("s2", 0, [said("and this"), TurnEnded(turn=1, reason="done")])
+    await journal.append("s3", 0, [TurnEnded(turn=1, reason="done")])
+    page = await other.unrested(limit=2)
+    assert [row.session_id for row in page.rows] == ["s0", "s2"]
+    assert page.rows[0] == await journal.row("s0")
+    await other.append("s0", 0, [TurnEnded(turn=1, reason="done")])
+    await other.append("s2", 0, [TurnEnded(turn=2, reason="done")])
+    page = await journal.unrested(limit=2, after=page.next)
+    assert [row.session_id for row in page.rows] == ["s4", "s5"]
+    page = await journal.unrested(limit=2, after=page.next)
+    assert [row.session_id for row in page.rows] == ["s6"]
+    assert page.next is None
+    assert len((await journal.unrested(limit=4)).rows) == 3
+
+
+async def test_a_session_keeps_one_secret_and_takes_it_along(store: Store) -> None:
+    journal, other = await store(), await store()
+    session_id, _ = await begun(journal)
+    elsewhere, _ = await begun(journal)
+    assert await journal.secret(session_id) is None
+    await journal.keep_secret(session_id, b"one")
+    await other.keep_secret(session_id, sealed := bytes(range(256)))
+    assert await journal.secret(session_id) == sealed
+    assert await journal.secret(elsewhere) is None
+    await journal.keep_secret(session_id, None)
+    assert await other.secret(session_id) is None
+    await journal.keep_secret(session_id, b"to be deleted")
+    await journal.delete(session_id)
+    with pytest.raises(NoSuchSession):
+        await other.secret(session_id)
 
 
 async def test_quota_is_checked_and_taken_in_one(store: Store) -> None:
@@ -334,6 +380,9 @@ async def test_a_closed_journal_says_so(store: Store) -> None:
         journal.read(session_id),
         journal.row(session_id),
         journal.rows("ann", limit=1),
+        journal.unrested(limit=1),
+        journal.keep_secret(session_id, b"x"),
+        journal.secret(session_id),
         journal.delete(session_id),
         journal.charge_quota("ann", "g", session_id, day=DAY, limit=1),
     ):
@@ -513,6 +562,20 @@ async def test_a_file_of_another_schema_is_refused_and_left_alone(tmp_path: Path
     await asyncio.to_thread((tmp_path / "text").write_text, "no database at all, " * 100)
     with pytest.raises(JournalFault):
         await SqliteJournal.open(tmp_path / "text")
+
+
+async def test_a_file_of_an_earlier_version_is_brought_up_by_one_of_those_who_open_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal.sqlite3"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(steps("sqlite")[0] + "UPDATE schema_version SET version = 1")
+    opened = await asyncio.gather(*(SqliteJournal.open(path) for _ in range(8)))
+    await opened[0].create(opening("s"), said("go"))
+    await opened[1].keep_secret("s", b"x")
+    assert [row.session_id for row in (await opened[2].unrested(limit=9)).rows] == ["s"]
+    await asyncio.gather(*(journal.close() for journal in opened))
 
 
 async def test_a_store_that_is_full_fails_the_write_and_goes_on_afterwards(tmp_path: Path) -> None:
