@@ -17,6 +17,7 @@ from actors.protocol import (
     Decide,
     Interrupt,
     Invalid,
+    QueueFull,
     Seed,
     SendMessage,
     SwitchModel,
@@ -39,6 +40,9 @@ from agent.events import (
 )
 from agent.jsontext import is_object
 from agent.transcript import well_formed
+
+RETRY_AFTER_S = 5
+"""When the queue is full: about the length of a short turn."""
 
 
 class Repeated(Exception):
@@ -69,6 +73,7 @@ def fact_of(context: Context, command: AnyCommand, *, max_queued: int) -> Comman
     Raises:
         Repeated: it was made before.
         Conflict, Invalid, TooLarge: it cannot be; the sentence says why.
+        QueueFull: as many turns wait as may.
     """
     if known := answered(context, command):
         raise Repeated(known)
@@ -76,7 +81,11 @@ def fact_of(context: Context, command: AnyCommand, *, max_queued: int) -> Comman
         raise Conflict("The session is closed.")
     fact = _MAKERS[type(command)](context, command)
     if fact.turn > context.n_turns and len(context.queue) >= max_queued:
-        raise Conflict(f"{max_queued} turns are waiting already.")
+        raise QueueFull(
+            f"{max_queued} turns are waiting already.",
+            limit=max_queued,
+            retry_after_s=RETRY_AFTER_S,
+        )
     return fact
 
 

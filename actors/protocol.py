@@ -52,6 +52,12 @@ class QuotaExceeded(Fault):
     code = "quota"
 
 
+class QueueFull(Fault):
+    """As many wait already as may; nothing was taken. Fields: `limit`, `retry_after_s`."""
+
+    code = "queue_full"
+
+
 class Unavailable(Fault):
     """The cluster did not answer in time, or died meanwhile. Repeat with the same `message_id`."""
 
@@ -224,7 +230,8 @@ class Sessions(Protocol):
         """Carry out a command on a session, waking it if need be. Durable when it returns.
 
         Raises:
-            AtCapacity, Conflict, Invalid, NotFound, QuotaExceeded, TooLarge, Unavailable
+            AtCapacity, Conflict, Invalid, NotFound, QueueFull, QuotaExceeded, TooLarge,
+            Unavailable
         """
         ...
 
@@ -239,13 +246,16 @@ class Sessions(Protocol):
     ) -> AsyncGenerator[Page, None]:
         """What happened after `cursor`, and with `follow` what happens. Never wakes a session.
 
-        Every fact once and in order. Yields an empty page at least every 15 s when nothing happens.
+        Every fact once and in order. The first page comes at once, and when nothing happens one at
+        least every 15 s; both may be empty.
         Ends after a page with `end` (the turn ended, the session closed or was deleted), at the head
         without `follow`, or when the cluster goes away: the reader comes back with its last cursor.
         Whoever leaves earlier calls `aclose()`, which ends what the reading costs.
 
         Raises:
             NotFound: at the first step.
+            QueueFull: the session has `max_readers` already. Later only when a reader's place was
+                taken while the session moved: come back with the last cursor.
         """
         ...
 

@@ -20,6 +20,7 @@ from actors.protocol import (
     Conflict,
     Invalid,
     NotFound,
+    QueueFull,
     QuotaExceeded,
     TooLarge,
     Unavailable,
@@ -80,6 +81,7 @@ TITLES = {
     "invalid": "Invalid request",
     "at_capacity": "No free slot",
     "quota": "Daily quota used up",
+    "queue_full": "Too many are waiting",
     "internal": "Internal error",
     "unavailable": "Not available at the moment",
     "bad_request": "Bad request",
@@ -93,6 +95,7 @@ STATUSES: tuple[tuple[type[Fault], int], ...] = (
     (TooLarge, 413),
     (UnsupportedMediaType, 415),
     (Invalid, 422),
+    (QueueFull, 429),
     (QuotaExceeded, 429),
     (Unavailable, 503),
 )
@@ -231,7 +234,7 @@ _DESCRIPTIONS = {
     413: "too_large: a message over 100,000 characters, or the whole body",
     415: "unsupported_media_type: a body that is not application/json",
     422: "invalid: a value that can never be accepted; nothing was changed",
-    429: "at_capacity (the caller's own sessions) or quota",
+    429: "at_capacity (the caller's own sessions), queue_full or quota",
     500: "internal",
     503: "at_capacity (the whole cluster) or unavailable",
 }

@@ -60,6 +60,7 @@ CATCH_ALL = {
     "agent/tools/router.py": "whatever a tool raises is that call's `error` result",
     "agent/model/litellm_adapter.py": "litellm raises anything; it becomes one of ours, once",
     "actors/activation.py": "a defect of ours ends the turn; an open turn would hang for ever",
+    "actors/recovery.py": "a session that cannot be brought back does not keep the others from it",
     "actors/desk.py": "a session that cannot leave in order still gives its slot back",
     "actors/gateway.py": "Serve raises anything; it becomes ModelUnavailable",
 }
@@ -104,6 +105,7 @@ CODES = {
     "Invalid": "invalid",
     "AtCapacity": "at_capacity",
     "QuotaExceeded": "quota",
+    "QueueFull": "queue_full",
     "Unavailable": "unavailable",
     "Moved": "moved",
     "AlreadyRunning": "already_running",

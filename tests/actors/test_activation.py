@@ -9,11 +9,11 @@ import pytest
 from actors.activation import Activation
 from actors.protocol import (
     Compact,
-    Conflict,
     Decide,
     Interrupt,
     Moved,
     NotFound,
+    QueueFull,
     QuotaExceeded,
     Seed,
     SendMessage,
@@ -355,8 +355,9 @@ async def test_a_queue_of_turns_has_a_size(stand: MakeStand) -> None:
     activation = await made.open()
     for _ in range(3):
         await activation.submit(ALICE, SendMessage(text="go"))
-    with pytest.raises(Conflict):
+    with pytest.raises(QueueFull) as refused:
         await activation.submit(ALICE, SendMessage(text="one too many"))
+    assert (refused.value.limit, refused.value.retry_after_s) == (2, 5)
     waiting.go.set()
     await made.rested(activation)
     assert [end.turn for end in await made.facts(TurnEnded)] == [1, 2, 3]
