@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from agent.faults import Fault, SettingsInvalid
+from agent.vault import new_key as new_secrets_key
 from serve_app.cli_chat import chat as chat_in
 from serve_app.cli_client import Troupe
 from serve_app.cli_demo import demo as demo_on
@@ -239,6 +240,12 @@ def _append_entry(path: Path, entry: dict[str, Any]) -> None:
         new.flush()
         os.fsync(new.fileno())
     Path(new.name).replace(path)
+
+
+@app.command("secrets-key")
+def secrets_key() -> None:
+    """Print a new key for the variable that agent.secrets.key_env names. It is kept nowhere."""
+    typer.echo(new_secrets_key())
 
 
 @app.command()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from agent.faults import Fault
 from agent.journals import open_journal
+from agent.vault import Vault
 from serve_app.settings import TroupeSettings, with_absolute_paths
 
 OBJECT_STORE_BYTES = 256 * 1024**2
@@ -52,8 +53,9 @@ class Cluster:
 
         Raises:
             CannotStart: the port is taken, or no Ray could be had; says which.
-            SettingsInvalid
+            SettingsInvalid: also when the key of `agent.secrets` is not to be had.
         """
+        Vault.of(self._settings.agent.secrets)  # said here in a line, and not in the manager's log
         port = free_port(self._settings.serve.host, self._settings.serve.port)
         settings = with_absolute_paths(with_port(self._settings, port))
         with ExitStack() as ends:

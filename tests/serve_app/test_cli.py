@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cryptography.fernet import Fernet
 
 from actors.protocol import Close, Open, Principal, Sessions
 from serve_app.auth import new_key, read_keys
@@ -220,6 +221,21 @@ async def test_up_refuses_before_it_starts_anything(tmp_path: Path) -> None:
     beyond = await run(tmp_path, "up", "--dev", "--port", "70000")
     assert (beyond.code, "--port: " in beyond.output) == (1, True)
     assert "Traceback" not in no_keys.output + open_dev.output + second.output + clash.output
+
+
+async def test_up_refuses_a_key_for_secrets_that_it_has_not(tmp_path: Path) -> None:
+    config = tmp_path / "test.yaml"
+    config.write_text("agent: {secrets: {key_env: TROUPE_TEST_NO_SUCH_KEY}}")
+    refused = await run(tmp_path, "up", "--dev", "-c", str(config))
+    assert refused.code == 1
+    assert "no environment variable TROUPE_TEST_NO_SUCH_KEY" in refused.output
+    assert "Traceback" not in refused.output
+
+
+async def test_secrets_key_prints_a_key_and_nothing_else(tmp_path: Path) -> None:
+    done = await run(tmp_path, "secrets-key")
+    assert done.code == 0
+    Fernet(done.output.strip())
 
 
 async def test_key_appends_a_hash_and_shows_the_key_once(tmp_path: Path) -> None:
