@@ -10,6 +10,7 @@ The turn task and every commit run detached from requests (`actors.detached`).
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Self
 
 import structlog
@@ -39,13 +40,14 @@ from agent.events import (
     ModelSwitched,
     Page,
     Passivated,
+    PassivationReason,
     Record,
     SandboxClosed,
     SandboxOpened,
     SeedRequested,
     SessionClosed,
 )
-from agent.faults import Fault, JournalFault, MessageKnown, ModelFault
+from agent.faults import Fault, Fenced, JournalFault, MessageKnown, ModelFault, NoSuchSession
 from agent.journal import read_all
 from agent.loop import advance
 from agent.model.contract import Model
@@ -93,6 +95,7 @@ class Activation:
         self._step: asyncio.Task[None] | None = None
         self._sandbox: asyncio.Task[Sandbox] | None = None
         self._leaving = False
+        self._pausing = False
         self._deleted = False
         self._measured_model: str | None = None
         self._log = log.bind(session_id=session_id)
@@ -125,8 +128,23 @@ class Activation:
         self.feed = Feed(epoch, self.context.head, ring_events=kit.actors.ring_events)
         self._log = self._log.bind(epoch=epoch)
         lost = [SandboxClosed(reason="lost")] if self.context.sandbox_open else []
-        await self.commit(*lost, Activated(epoch=epoch, reason=self._why(epoch)))
+        activated = Activated(epoch=epoch, reason=self._why(epoch))
+        await self.commit(*lost, activated, *self._given_up(activated))
         return self
+
+    def _given_up(self, activated: Activated) -> list[Fact]:
+        """The end of a turn under which the process died too often: it may be what kills."""
+        limits = self._kit.actors
+        since = self._kit.utc_now() - timedelta(seconds=limits.recovery_window_s)
+        n_deaths = sum(at > since for at in self.context.recovered_at) + 1
+        is_due = activated.reason == "recovered" and self.context.turn is not None
+        if not is_due or n_deaths <= limits.max_recoveries:
+            return []
+        return self.context.abandon(
+            "recovery_exhausted",
+            f"The process that ran this turn died {n_deaths} times in a short time,"
+            " so the turn was not taken up again. It may be what ends the process.",
+        )
 
     def _why(self, epoch: int) -> Literal["opened", "woken", "recovered"]:
         if epoch == 1:
@@ -175,6 +193,29 @@ class Activation:
             self._leaving = True
             self._log.warning("activation_lost", code=fault.code)
             self._report("lost")
+            self._tasks.start(self._stop(), name="lost")
+
+    async def _stop(self) -> None:
+        """A lost incarnation ends what it runs at once: another one may be at the same work."""
+        try:
+            await self._stop_turn()
+            await self._close_sandbox("lost")
+        except Unavailable:
+            self._log.warning("lost_activation_does_not_stop")
+        finally:
+            self.feed.close()
+
+    async def check_epoch(self) -> None:
+        """Find out whether this is still the session's newest incarnation; end if it is not."""
+        try:
+            row = await self._kit.journal.row(self.session_id)
+        except NoSuchSession as fault:
+            self._lose(fault)
+        except JournalFault as fault:
+            self._log.warning("epoch_not_checked", code=fault.code)
+        else:
+            if row.epoch != self.context.epoch:
+                self._lose(Fenced("Another incarnation owns this session."))
 
     def _report(self, change: Change) -> None:
         self.n_reports += 1
@@ -185,6 +226,9 @@ class Activation:
 
     def now_s(self) -> float:
         return self._kit.now_s()
+
+    def is_pausing(self) -> bool:
+        return self._pausing
 
     # -- commands ----------------------------------------------------------------------------
 
@@ -233,7 +277,12 @@ class Activation:
 
     def _kick(self) -> None:
         """Start the turn task if something is owed and nobody is at it."""
-        if self._turn_task or self._leaving or isinstance(self.context.owed(), Rest):
+        if (
+            self._turn_task
+            or self._leaving
+            or self._pausing
+            or isinstance(self.context.owed(), Rest)
+        ):
             return
         self._turn_task = self._tasks.start(self._advance(), name="turn")
 
@@ -323,16 +372,18 @@ class Activation:
     def is_busy(self) -> bool:
         return bool(self.context.open_turns) or self._commits.locked()
 
-    async def passivate(self, reason: Literal["idle", "capacity", "shutdown"]) -> bool:
+    async def passivate(self, reason: PassivationReason) -> bool:
         """Leave, so that the session may live elsewhere later. False: it is busy, nothing changed.
 
-        A shutdown takes a busy one too, once it rested or `close_wait_s` is over: an open turn goes
-        on in the next incarnation.
+        A shutdown or a roll takes a busy one too, between two steps or once `drain_s` is over: an
+        open turn goes on in the next incarnation.
         """
-        if self._leaving or (reason != "shutdown" and self.is_busy()):
+        forced = reason in {"shutdown", "rolled"}
+        if self._leaving or (not forced and self.is_busy()):
             return False
-        if reason == "shutdown" and self._turn_task:
-            await asyncio.wait({self._turn_task}, timeout=self._kit.actors.close_wait_s)
+        self._pausing = forced
+        if self._turn_task:
+            await asyncio.wait({self._turn_task}, timeout=self._kit.actors.drain_s)
         if self._leaving:
             return False
         self._leaving = True
@@ -351,14 +402,14 @@ class Activation:
             self.feed.close()
 
     async def _close_sandbox(self, reason: str) -> list[Fact]:
-        if self._sandbox is None:
+        opening, self._sandbox = self._sandbox, None
+        if opening is None:
             return []
-        await self._in_time({self._sandbox})
-        if self._sandbox.cancelled() or self._sandbox.exception():
+        await self._in_time({opening})
+        if opening.cancelled() or opening.exception():
             return []
-        closing = self._tasks.start(self._sandbox.result().close(), name="close sandbox")
+        closing = self._tasks.start(opening.result().close(), name="close sandbox")
         await self._in_time({closing})
-        self._sandbox = None
         return [SandboxClosed(reason=reason)] if self.context.sandbox_open else []
 
     async def _stop_turn(self) -> None:

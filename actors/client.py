@@ -175,5 +175,6 @@ async def drain(actors: ActorsSettings) -> None:
     except ValueError:
         return
     lost = Unavailable("The sessions did not come to rest in time.")
-    await answer(manager.drain.remote(), lost, actors.close_wait_s + actors.call_timeout_s)
+    limit_s = actors.drain_s + actors.close_wait_s + actors.call_timeout_s
+    await answer(manager.drain.remote(), lost, limit_s)
     ray.kill(manager)

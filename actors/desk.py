@@ -8,8 +8,8 @@ in tasks of the desk's own, so that a caller that leaves breaks nothing off in t
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import structlog
 
@@ -34,8 +34,9 @@ from actors.protocol import (
     Unavailable,
 )
 from actors.quotas import charge
-from agent.events import Fact, SessionOpened
-from agent.faults import NoSuchSession, SessionExists
+from actors.recovery import Recovery
+from agent.events import Fact, PassivationReason, SessionOpened
+from agent.faults import Fault, NoSuchSession, SessionExists
 from agent.journal import SessionRow
 from agent.spec import AgentSpec
 
@@ -69,12 +70,12 @@ class Host(Protocol):
     """One place for activations; `actors.host.SessionHost` or a proxy of one."""
 
     name: str
+    alive: bool
+    """False once it is known to be dead, or to be ended."""
 
     async def adopt(self, session_id: str, user_token: str | None = None) -> int: ...
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted: ...
-    async def passivate(
-        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
-    ) -> bool: ...
+    async def passivate(self, session_id: str, reason: PassivationReason) -> bool: ...
     async def end(self, session_id: str, *, deleted: bool = False) -> None: ...
     async def hosts(self, session_id: str) -> bool:
         """Whether the session lives there and takes commands. False too when the host is dead."""
@@ -121,6 +122,8 @@ class Desk:
         self._tokens: dict[str, str] = {}
         self._tasks = Detached()
         self._draining = False
+        self._recovery = Recovery(kit.journal, self.resume, every_s=kit.actors.sweep_s)
+        self._sweeps: asyncio.Task[None] | None = None
 
     # -- moves, one after another per session --------------------------------------------------
 
@@ -196,13 +199,16 @@ class Desk:
             return None
 
     async def _slot(self, session_id: str, user_id: str) -> Lease:
-        """Take a slot; an idle session gives way before the newcomer is refused.
+        """Take a slot; an idle session gives way before the newcomer is refused. A session whose host
+        died has kept its slot.
 
         Raises:
             AtCapacity, Unavailable
         """
         if self._draining:
             raise Unavailable("Troupe is shutting down.", retry_after_s=RETRY_AFTER_S)
+        if kept := self.ledger.get(session_id):
+            return kept
         taken = self.ledger.take(session_id, user_id)
         for _ in range(MAX_GIVE_WAY_TRIES):
             if isinstance(taken, Lease):
@@ -225,9 +231,7 @@ class Desk:
         self.ledger.stay(waiting)
         return self.ledger.take(waiting.session_id, waiting.user_id)
 
-    async def _send_away(
-        self, lease: Lease, reason: Literal["idle", "capacity", "shutdown"] = "capacity"
-    ) -> bool:
+    async def _send_away(self, lease: Lease, reason: PassivationReason = "capacity") -> bool:
         """Passivate; the lease stays with the caller. False: it would not go."""
         placed = self._placed.get(lease.session_id)
         if placed is None or not self.ledger.holds(lease):
@@ -254,6 +258,8 @@ class Desk:
             host, epoch = await self._adopted(session_id)
         except Unavailable:  # a warm host may have died unseen
             host, epoch = await self._adopted(session_id)
+        if not host.alive:
+            raise Unavailable("The session's process died.", retry_after_s=1)
         if not self.ledger.confirm(lease, epoch):
             await host.end(session_id)
             await self._hosts.give_back(host, clean=False)
@@ -415,8 +421,10 @@ class Desk:
             self.ledger.release(lease)
 
     async def drain(self) -> None:
-        """Bring every session to rest and send it away; admit nobody any more."""
+        """Bring every session to a place between two steps and send it away; admit nobody any more."""
         self._draining = True
+        if self._sweeps is not None:
+            self._sweeps.cancel()
 
         async def one(lease: Lease) -> None:
             await self._move(lease.session_id, lambda: self._send_away(lease, "shutdown"))
@@ -446,16 +454,55 @@ class Desk:
                 await self._leave(session_id, clean=False)
 
         await self._move(session_id, work)
+        await self._revive(session_id)
 
     def host_died(self, name: str) -> list[str]:
-        """Release everything that lived on a host; the sessions' ids."""
+        """Bring back what lived on a host and has an open turn; the slots of others are free. The ids
+        of all."""
         dead = [sid for sid, (host, _) in self._placed.items() if host.name == name]
         for session_id in dead:
             del self._placed[session_id]
             if lease := self.ledger.get(session_id):
-                self.ledger.release(lease)
+                self.ledger.keep(lease)
+            self._tasks.start(self._revive(session_id), name="revive")
         log.warning("host_died", host=name, n_sessions=len(dead))
         return dead
+
+    # -- recovery ------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Look for open turns that nobody works at, now and every `sweep_s`."""
+        self._sweeps = self._tasks.start(self._recovery.run(), name="recovery")
+
+    async def resume(self, session_id: str) -> None:
+        """Have a session with an open turn live; the turn goes on by itself. Any other: nothing.
+
+        Raises:
+            AtCapacity, Unavailable, JournalFault: not now; the slot that it had kept is free.
+        """
+        if session_id not in self._placed:
+            await self._move(session_id, lambda: self._resumed(session_id))
+
+    async def _resumed(self, session_id: str) -> None:
+        if session_id in self._placed:
+            return
+        with ExitStack() as ends:
+            if kept := self.ledger.get(session_id):
+                ends.callback(self.ledger.release, kept)
+            row = await self._row_or_none(session_id)
+            if row is None or row.closed or not row.n_open_turns:
+                return
+            lease = await self._slot(session_id, row.user_id)
+            with self.ledger.returned_on_failure(lease):
+                await self._place(lease)
+            ends.pop_all()
+        log.info("session_recovered", session_id=session_id)
+
+    async def _revive(self, session_id: str) -> None:
+        try:
+            await self.resume(session_id)
+        except Fault as fault:  # the next sweep tries again
+            log.warning("recovery_put_off", session_id=session_id, code=fault.code)
 
     # -- questions -----------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
 """A place where activations live. `SessionActor` is one in a process of its own, `LocalSessions` uses
 one directly; neither adds behaviour."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from actors.activation import Activation, Report
 from actors.kit import Kit
 from actors.protocol import Accepted, AnyCommand, Moved, Principal
-from agent.events import Cursor, Page
+from agent.events import Cursor, Page, PassivationReason
 
 
 class Hosted(NamedTuple):
@@ -25,6 +26,7 @@ class Hosted(NamedTuple):
 class SessionHost:
     def __init__(self, kit: Kit, name: str, tell: Callable[[Report], None]) -> None:
         self.name = name
+        self.alive = True
         self._kit = kit
         self._tell = tell
         self._activations: dict[str, Activation] = {}
@@ -75,9 +77,7 @@ class SessionHost:
             async for page in pages:
                 yield page
 
-    async def passivate(
-        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
-    ) -> bool:
+    async def passivate(self, session_id: str, reason: PassivationReason) -> bool:
         """See `Activation.passivate`. True also when the session is not here (any more)."""
         activation = self._activations.get(session_id)
         if activation is None:
@@ -89,6 +89,14 @@ class SessionHost:
             return False
         await self.end(session_id)
         return True
+
+    async def keep_current(self) -> None:
+        """Ask now and then whether what lives here is still the newest incarnation, until cancelled:
+        one that was paused or cut off may have been replaced, and would not hear of it."""
+        while True:
+            await asyncio.sleep(self._kit.actors.probe_s)
+            for activation in list(self._activations.values()):
+                await activation.check_epoch()
 
     async def end(self, session_id: str, *, deleted: bool = False) -> None:
         """Drop an activation whole. Idempotent."""

@@ -4,11 +4,12 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from actors.settings import ActorsSettings
-from agent.journal import Journal
+from agent.journal import Journal, utc_now
 from agent.model.contract import Model
 from agent.sandbox.contract import Sandbox
 from agent.sandbox.local import open_sandbox
@@ -32,6 +33,7 @@ class Kit:
     open_sandbox: OpenSandbox = open_sandbox
     make_tools: Callable[[ToolSettings], Sequence[Tool]] = standard_tools
     now_s: Callable[[], float] = time.monotonic
+    utc_now: Callable[[], datetime] = utc_now
 
     def tools(self, spec: AgentSpec) -> Tools:
         """The tools that an agent may call; one router per session."""

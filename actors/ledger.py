@@ -99,6 +99,14 @@ class Ledger:
             lease.noted, lease.idle_since_s = (epoch, 0), self._now_s()
         return True
 
+    def keep(self, lease: Lease) -> None:
+        """The session died and may come back at once: its slot is reserved for that. One that was
+        leaving gives it back."""
+        if lease.state == "live" and self.holds(lease):
+            lease.state, lease.taken_at_s = "reserved", self._now_s()
+        else:
+            self.release(lease)
+
     def release(self, lease: Lease) -> bool:
         """Give the slot back. False: it was given back before; nothing changed."""
         if not self.holds(lease):

@@ -33,7 +33,8 @@ class LocalHosts:
 
     async def give_back(self, host: Host, *, clean: bool) -> None:
         del clean  # nothing is reused here
-        self.by_name.pop(host.name, None)
+        if ended := self.by_name.pop(host.name, None):
+            ended.alive = False
 
 
 class LocalSessions(RoutedSessions):
@@ -53,6 +54,7 @@ class LocalSessions(RoutedSessions):
         return host or SessionHost(self._kit, route.host, self.desk.note)
 
     async def __aenter__(self) -> Self:
+        self.desk.begin()
         return self
 
     async def __aexit__(self, *_: object) -> None:

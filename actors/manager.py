@@ -9,10 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import ray
+import structlog
 
 from actors.activation import Change, Report
 from actors.desk import Desk, Route
+from actors.detached import spawn
 from actors.host import Hosted
+from actors.kit import Kit
 from actors.protocol import (
     Accepted,
     AnyCommand,
@@ -27,22 +30,54 @@ from actors.session import MANAGER, MAX_CONCURRENCY, kit_of
 from actors.settings import ActorsSettings
 from agent import logs
 from agent.agents import load_agents
+from agent.faults import JournalFault
 from agent.journal import SessionRow
 from agent.settings import AgentSettings
+
+log = structlog.get_logger()
+
+OPEN_AGAIN_S = 2.0
+"""Between two tries to open a journal whose server is away."""
 
 
 class SessionManager:
     async def __init__(self, agent: AgentSettings, actors: ActorsSettings) -> None:
         logs.configure()
         self._hosts = RayHosts(agent, actors, died=self._host_died)
+        # Not here: Ray does not restart an actor whose constructor failed, and the journal may be away.
+        self._beginning = spawn(self._begin(agent, actors), name="begin")
+
+    async def _begin(self, agent: AgentSettings, actors: ActorsSettings) -> Desk:
         dirs = [agent.agents_dir] if agent.agents_dir else []
         agents = await asyncio.to_thread(load_agents, dirs)
-        kit = await kit_of(agent, actors)
-        self._desk = Desk(kit, self._hosts, agents, default_model=agent.default_model)
-        await self._take_over(self._hosts.survivors())
+        kit = await self._kit(agent, actors)
+        desk = Desk(kit, self._hosts, agents, default_model=agent.default_model)
+        survivors = self._hosts.survivors()
+        await self._take_over(desk, survivors)
+        for host in survivors:
+            if not host.alive:  # it died meanwhile, when there was no desk to tell
+                desk.host_died(host.name)
+        desk.begin()
         self._hosts.keep_warm()
+        return desk
 
-    async def _take_over(self, hosts: list[RayHost]) -> None:
+    @staticmethod
+    async def _kit(agent: AgentSettings, actors: ActorsSettings) -> Kit:
+        while True:
+            try:
+                return await kit_of(agent, actors)
+            except JournalFault as fault:
+                log.warning("journal_not_opened", code=fault.code, detail=fault.detail)
+                await asyncio.sleep(OPEN_AGAIN_S)
+
+    async def _desk(self) -> Desk:
+        """
+        Raises:
+            SettingsInvalid: there will be none.
+        """
+        return await asyncio.shield(self._beginning)
+
+    async def _take_over(self, desk: Desk, hosts: list[RayHost]) -> None:
         """Hosts that lived before this manager: a session counts where its newest epoch is, and a host
         that hosts none, or does not answer, ends."""
         hosted = await asyncio.gather(*(_hosted(host) for host in hosts))
@@ -53,50 +88,53 @@ class SessionManager:
             current = [s for s in sessions if s.epoch == newest[s.session_id]]
             for session in current:
                 route = Route(host.name, session.epoch)
-                self._desk.take_over(host, route, session.session_id, session.user_id)
+                desk.take_over(host, route, session.session_id, session.user_id)
                 change: Change = "busy" if session.is_busy else "rested"
-                self._desk.note(
-                    Report(session.session_id, session.epoch, session.n_reports, change)
-                )
+                desk.note(Report(session.session_id, session.epoch, session.n_reports, change))
             if not current:
                 await self._hosts.give_back(host, clean=False)
 
     def _host_died(self, name: str) -> None:
-        self._desk.host_died(name)
+        if (
+            self._beginning.done()
+        ):  # before, it is not taken over, and the first sweep sees what it left
+            self._beginning.result().host_died(name)
 
     async def ready(self) -> bool:
+        await self._desk()
         return True
 
     async def open(self, who: Principal, command: Open) -> SessionRow:
-        return await self._desk.open(who, command)
+        return await (await self._desk()).open(who, command)
 
     async def wake(self, who: Principal, session_id: str, not_at: Route | None) -> Route:
-        return await self._desk.wake(who, session_id, not_at=not_at)
+        return await (await self._desk()).wake(who, session_id, not_at=not_at)
 
     async def find(self, session_id: str) -> Route | None:
-        return await self._desk.find(session_id)
+        return await (await self._desk()).find(session_id)
 
     async def when_live(self, session_id: str, wait_s: float, not_at: Route | None) -> Route | None:
-        return await self._desk.when_live(session_id, wait_s, not_at=not_at)
+        return await (await self._desk()).when_live(session_id, wait_s, not_at=not_at)
 
     async def close_session(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
-        return await self._desk.close_session(who, session_id, command)
+        return await (await self._desk()).close_session(who, session_id, command)
 
     async def delete(self, who: Principal, session_id: str) -> None:
-        await self._desk.delete(who, session_id)
+        await (await self._desk()).delete(who, session_id)
 
     async def live_among(self, session_ids: Iterable[str]) -> frozenset[str]:
-        return await self._desk.live_among(session_ids)
+        return await (await self._desk()).live_among(session_ids)
 
     async def capacity(self, who: Principal) -> CapacityView:
-        return await self._desk.capacity(who)
+        return await (await self._desk()).capacity(who)
 
     async def note(self, report: Report) -> None:
-        self._desk.note(report)
+        if self._beginning.done():
+            self._beginning.result().note(report)
 
     async def drain(self) -> None:
         """Bring every session to rest, then end every session actor."""
-        await self._desk.drain()
+        await (await self._desk()).drain()
         await self._hosts.close()
 
 

@@ -4,7 +4,8 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any
 
 import ray
 import structlog
@@ -18,6 +19,7 @@ from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
 from actors.remote import NAMESPACE, answer
 from actors.session import session_actor
 from actors.settings import ActorsSettings
+from agent.events import PassivationReason
 from agent.settings import AgentSettings
 
 log = structlog.get_logger()
@@ -26,6 +28,8 @@ PREFIX = "session-"
 CLOSE_WAIT_S = 5.0
 PROBE_WAIT_S = 5.0
 """For a question that an actor answers at once if it lives."""
+MAX_SILENT = 2
+"""Probes without an answer before a process is replaced: one may fall into a busy moment."""
 MAX_STARTING = 4
 """Actor processes that start at once: each costs 1 to 2 CPU-seconds, which running turns need too."""
 
@@ -36,6 +40,8 @@ class RayHost:
     def __init__(self, name: str, handle: Any, timeout_s: float) -> None:
         self.name = name
         self.handle = handle
+        self.alive = True
+        self.started = False
         self.n_uses = 0
         self._timeout_s = timeout_s
 
@@ -44,6 +50,19 @@ class RayHost:
 
     async def ready(self) -> None:
         await answer(self.handle.ready.remote(), self._lost(), self._timeout_s)
+        self.started = True
+
+    async def answers(self, wait_s: float) -> bool:
+        """Whether its loop turns: a process that is stopped or stuck is not dead to Ray."""
+        try:
+            return await answer(self.handle.ready.remote(), self._lost(), wait_s)
+        except Unavailable:
+            return False
+
+    async def gone(self) -> None:
+        """Wait for its death; Ray tells within milliseconds, by the failure of this call."""
+        with suppress(RayError):
+            await self.handle.gone.remote()
 
     async def adopt(self, session_id: str, user_token: str | None = None) -> int:
         self.n_uses += 1
@@ -54,9 +73,7 @@ class RayHost:
         call = self.handle.submit.remote(who, session_id, command)
         return await answer(call, self._lost(), self._timeout_s)
 
-    async def passivate(
-        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
-    ) -> bool:
+    async def passivate(self, session_id: str, reason: PassivationReason) -> bool:
         call = self.handle.passivate.remote(session_id, reason)
         return await answer(call, self._lost(), self._timeout_s)
 
@@ -130,14 +147,18 @@ class RayHosts:
         return host
 
     async def _watch(self, host: RayHost) -> None:
-        """Learn of a death within milliseconds, by the failure of one outstanding call."""
-        try:
-            await host.handle.gone.remote()
-        except RayError:
-            if self._all.pop(host.name, None) is not None:
-                self._warm = deque(warm for warm in self._warm if warm is not host)
-                self._died(host.name)
-                self.keep_warm()
+        """Learn of a death, or that the process does not answer any more: then it is ended."""
+        gone = self._tasks.start(host.gone(), name="gone")
+        n_silent = 0
+        while not gone.done() and n_silent < MAX_SILENT:
+            await asyncio.wait({gone}, timeout=self._actors.probe_s)
+            if not gone.done() and host.started:
+                n_silent = 0 if await host.answers(self._actors.probe_s) else n_silent + 1
+        if self._all.get(host.name) is host:
+            self._warm = deque(warm for warm in self._warm if warm is not host)
+            self._kill(host)
+            self._died(host.name)
+            self.keep_warm()
 
     async def give_back(self, host: Host, *, clean: bool) -> None:
         known = self._all.get(host.name)
@@ -152,6 +173,7 @@ class RayHosts:
     def _kill(self, host: RayHost) -> None:
         """End a process of ours; its watcher stays quiet."""
         self._all.pop(host.name, None)
+        host.alive = False
         ray.kill(host.handle)
 
     def survivors(self) -> list[RayHost]:
@@ -162,11 +184,12 @@ class RayHosts:
             for named in everyone
             if named["namespace"] == NAMESPACE and named["name"].startswith(PREFIX)
         ]
-        return [
-            self._known(name, ray.get_actor(name, namespace=NAMESPACE))
-            for name in names
-            if name not in self._all
-        ]
+        hosts: list[RayHost] = []
+        for name in names:
+            if name not in self._all:
+                with suppress(ValueError):  # it died since the list was made
+                    hosts.append(self._known(name, ray.get_actor(name, namespace=NAMESPACE)))
+        return hosts
 
     async def close(self) -> None:
         """End every actor."""

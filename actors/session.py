@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
 from actors.activation import Report
+from actors.detached import spawn
 from actors.gateway import GatewayModel
 from actors.host import Hosted, SessionHost
 from actors.kit import Kit
@@ -15,7 +16,7 @@ from actors.protocol import Accepted, AnyCommand, Principal
 from actors.remote import NAMESPACE
 from actors.settings import ActorsSettings
 from agent import logs
-from agent.events import Cursor, Page
+from agent.events import Cursor, Page, PassivationReason
 from agent.journals import open_journal
 from agent.settings import AgentSettings
 
@@ -36,6 +37,7 @@ class SessionActor:
         self._kit = await kit_of(agent, actors)
         self._host = SessionHost(self._kit, name, self._tell)
         self._manager: Any = None
+        self._checks = spawn(self._host.keep_current(), name="epochs")
 
     def _tell(self, report: Report) -> None:
         """Not awaited: a report is a hint, and the manager may be away."""
@@ -73,9 +75,7 @@ class SessionActor:
             async for page in pages:
                 yield page
 
-    async def passivate(
-        self, session_id: str, reason: Literal["idle", "capacity", "shutdown"]
-    ) -> bool:
+    async def passivate(self, session_id: str, reason: PassivationReason) -> bool:
         return await self._host.passivate(session_id, reason)
 
     async def end(self, session_id: str, deleted: bool) -> None:  # noqa: FBT001 - Ray passes by position

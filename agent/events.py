@@ -19,6 +19,8 @@ from agent.spec import AgentSpec
 
 Outcome = Literal["ok", "error", "denied", "cancelled", "unknown"]
 """`unknown`: the call had started and its process died; it may or may not have happened."""
+PassivationReason = Literal["idle", "capacity", "shutdown", "rolled"]
+"""The last two come in the middle of a turn, too. `rolled`: a newer version takes over."""
 EndReason = Literal["done", "interrupted", "limit", "failed", "approval"]
 
 
@@ -286,8 +288,10 @@ class TurnEnded(Fact):
 
 
 class Passivated(Fact):
+    """A turn that is open goes on in the next incarnation."""
+
     type: Literal["passivated"] = "passivated"
-    reason: Literal["idle", "capacity", "shutdown"]
+    reason: PassivationReason
 
 
 class SessionClosed(Command):

@@ -73,19 +73,23 @@ class Run(Protocol):
         """The session's sandbox, opened at the first use, with its fact."""
         ...
 
+    def is_pausing(self) -> bool:
+        """Whether to stop between two steps. An open turn stays open."""
+        ...
+
     async def interruptible(self, step: Coroutine[Any, Any, None]) -> None:
         """Await a step that an interrupt may cancel. Returns when it ended either way."""
         ...
 
 
 async def advance(run: Run) -> None:
-    """Take the session from any state to its next resting point.
+    """Take the session from any state to its next resting point, or until it is to pause.
 
     Raises:
         Fenced, JournalFault: from a commit; the caller ends the incarnation.
     """
     turn, began_s = 0, 0.0
-    while True:
+    while not run.is_pausing():
         owed = run.context.owed()
         if turn != _turn(run):
             turn, began_s = _turn(run), run.now_s()
