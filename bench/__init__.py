@@ -1,0 +1,1 @@
+"""Proofs and measurements over a whole Troupe, from outside: real processes, real HTTP."""
