@@ -35,10 +35,12 @@ from actors.protocol import (
 )
 from actors.quotas import charge
 from actors.recovery import Recovery
+from actors.tokens import Tokens
 from agent.events import Fact, PassivationReason, SessionOpened
 from agent.faults import Fault, NoSuchSession, SessionExists
 from agent.journal import SessionRow
 from agent.spec import AgentSpec
+from agent.vault import Vault
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -47,8 +49,6 @@ MAX_GIVE_WAY_TRIES = 16
 """Idle sessions asked to go before a newcomer is refused: each may have become busy meanwhile."""
 RETRY_AFTER_S = 5
 """Told to whom is refused: about the length of a short turn."""
-MAX_TOKENS = 10_000
-"""User tokens that are remembered for passive sessions; the oldest are forgotten first."""
 
 
 class Route(NamedTuple):
@@ -103,7 +103,13 @@ class Hosts(Protocol):
 
 class Desk:
     def __init__(
-        self, kit: Kit, hosts: Hosts, agents: dict[str, AgentSpec], *, default_model: str | None
+        self,
+        kit: Kit,
+        hosts: Hosts,
+        agents: dict[str, AgentSpec],
+        *,
+        default_model: str | None,
+        vault: Vault | None = None,
     ) -> None:
         self._kit = kit
         self._hosts = hosts
@@ -119,7 +125,7 @@ class Desk:
         self._moves: dict[str, asyncio.Task[Any]] = {}
         """The last move of each session that is moving."""
         self._arrivals: dict[str, Arrival] = {}
-        self._tokens: dict[str, str] = {}
+        self._tokens = Tokens(kit.journal, vault)
         self._tasks = Detached()
         self._draining = False
         self._recovery = Recovery(kit.journal, self.resume, every_s=kit.actors.sweep_s)
@@ -157,13 +163,16 @@ class Desk:
 
         async def work() -> SessionRow:
             if command.message_id is not None and (row := await self._row_or_none(session_id)):
+                # The first time may have ended between the session and its token.
+                if not row.closed:
+                    await self._tokens.keep(session_id, command.user_token)
                 return row
             lease = await self._slot(session_id, who.user_id)
             with self.ledger.returned_on_failure(lease):
                 if seeds:
                     await charge(self._kit, who.user_id, session_id, opened.model)
                 await self._create(opened, *seeds)
-                self._remember(session_id, command.user_token)
+                await self._tokens.keep(session_id, command.user_token)
                 await self._place(lease)
             return await self._kit.journal.row(session_id)
 
@@ -254,10 +263,11 @@ class Desk:
             Unavailable, Conflict, JournalFault. The lease stays reserved.
         """
         session_id = lease.session_id
+        token = await self._tokens.find(session_id)
         try:
-            host, epoch = await self._adopted(session_id)
+            host, epoch = await self._adopted(session_id, token)
         except Unavailable:  # a warm host may have died unseen
-            host, epoch = await self._adopted(session_id)
+            host, epoch = await self._adopted(session_id, token)
         if not host.alive:
             raise Unavailable("The session's process died.", retry_after_s=1)
         if not self.ledger.confirm(lease, epoch):
@@ -269,11 +279,11 @@ class Desk:
         self._announce(session_id)
         return route
 
-    async def _adopted(self, session_id: str) -> tuple[Host, int]:
+    async def _adopted(self, session_id: str, token: str | None) -> tuple[Host, int]:
         host = await self._hosts.acquire()
         async with AsyncExitStack() as unless_adopted:
             unless_adopted.push_async_callback(self._hosts.give_back, host, clean=False)
-            epoch = await host.adopt(session_id, self._tokens.get(session_id))
+            epoch = await host.adopt(session_id, token)
             unless_adopted.pop_all()
         return host, epoch
 
@@ -288,13 +298,6 @@ class Desk:
         if session_id not in self._placed:
             self.ledger.take_over(session_id, user_id, route.epoch)
         self._placed[session_id] = (host, route)
-
-    def _remember(self, session_id: str, user_token: str | None) -> None:
-        if user_token is None:
-            return
-        while len(self._tokens) >= MAX_TOKENS:
-            del self._tokens[next(iter(self._tokens))]
-        self._tokens[session_id] = user_token
 
     # -- routes --------------------------------------------------------------------------------
 
@@ -388,7 +391,7 @@ class Desk:
                 # Closed, or stuck on the way: in either case it takes no commands any more.
                 if not await placed[0].hosts(session_id):
                     await self._leave(session_id)
-            self._tokens.pop(session_id, None)
+            await self._tokens.forget(session_id)
             return accepted
 
         return await self._move(session_id, work)
@@ -403,7 +406,7 @@ class Desk:
             except NoSuchSession:
                 raise NotFound("There is no such session.") from None
             await asyncio.to_thread(self._kit.remove_files, session_id)
-            self._tokens.pop(session_id, None)
+            await self._tokens.forget(session_id)
             self._announce(session_id)
 
         await self._move(session_id, work)

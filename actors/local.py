@@ -10,6 +10,7 @@ from actors.host import SessionHost
 from actors.kit import Kit
 from actors.routed import RoutedSessions
 from agent.spec import AgentSpec
+from agent.vault import Vault
 
 
 class LocalHosts:
@@ -43,9 +44,13 @@ class LocalSessions(RoutedSessions):
         agents: by name; `kit.agent.default_agent` must be one of them.
     """
 
-    def __init__(self, kit: Kit, agents: dict[str, AgentSpec]) -> None:
+    def __init__(
+        self, kit: Kit, agents: dict[str, AgentSpec], *, vault: Vault | None = None
+    ) -> None:
         self.hosts = LocalHosts(kit)
-        self.desk = Desk(kit, self.hosts, agents, default_model=kit.agent.default_model)
+        self.desk = Desk(
+            kit, self.hosts, agents, default_model=kit.agent.default_model, vault=vault
+        )
         self.hosts.desk = self.desk
         super().__init__(self.desk, kit)
 

@@ -33,6 +33,7 @@ from agent.agents import load_agents
 from agent.faults import JournalFault
 from agent.journal import SessionRow
 from agent.settings import AgentSettings
+from agent.vault import Vault
 
 log = structlog.get_logger()
 
@@ -48,10 +49,11 @@ class SessionManager:
         self._beginning = spawn(self._begin(agent, actors), name="begin")
 
     async def _begin(self, agent: AgentSettings, actors: ActorsSettings) -> Desk:
+        vault = Vault.of(agent.secrets)  # here and in no other process of the house
         dirs = [agent.agents_dir] if agent.agents_dir else []
         agents = await asyncio.to_thread(load_agents, dirs)
         kit = await self._kit(agent, actors)
-        desk = Desk(kit, self._hosts, agents, default_model=agent.default_model)
+        desk = Desk(kit, self._hosts, agents, default_model=agent.default_model, vault=vault)
         survivors = self._hosts.survivors()
         await self._take_over(desk, survivors)
         for host in survivors:

@@ -265,7 +265,7 @@ async def test_nothing_is_kept_of_who_left(house: Make) -> None:
     assert await sessions.desk.when_live("nobody", 0.01) is None
     await sessions.submit(ALICE, session_id, Close())
     desk = sessions.desk
-    assert (desk._tokens, desk._arrivals, desk._moves, desk._placed) == ({}, {}, {}, {})
+    assert (desk._tokens._remembered, desk._arrivals, desk._moves, desk._placed) == ({}, {}, {}, {})
 
 
 async def test_a_gateway_call_that_dies_of_a_defect_ends() -> None:
