@@ -500,6 +500,10 @@ class Desk:
                 await self._place(lease)
             ends.pop_all()
         log.info("session_recovered", session_id=session_id)
+        row = await self._kit.journal.row(session_id)
+        # Given up, or over already: it came back for its turn only.
+        if not row.n_open_turns and await self._send_away(lease, "idle"):
+            self.ledger.release(lease)
 
     async def _revive(self, session_id: str) -> None:
         try:
