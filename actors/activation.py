@@ -352,7 +352,10 @@ class Activation:
         began_s = self.now_s()
         workspace = self._kit.workspace(self.session_id)
         sandbox = await self._kit.open_sandbox(
-            self.context.spec.sandbox, workspace, session_id=self.session_id
+            self.context.spec.sandbox,
+            workspace,
+            session_id=self.session_id,
+            epoch=self.context.epoch,
         )
         latency_ms = round((self.now_s() - began_s) * 1000)
         async with AsyncExitStack() as unless_told:

@@ -21,7 +21,9 @@ from agent.tools.standard import standard_tools
 
 
 class OpenSandbox(Protocol):
-    async def __call__(self, spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox: ...
+    async def __call__(
+        self, spec: SandboxSpec, workspace: Path, *, session_id: str, epoch: int
+    ) -> Sandbox: ...
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import base64
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 from agent.faults import SandboxUnavailable
 from agent.sandbox import limits, seccomp
+from agent.sandbox.marks import Mark, Stat
 from agent.sandbox.shell import Launch
 from agent.sandbox.workspace import HIDDEN
 from agent.spec import SandboxSpec
@@ -80,7 +82,7 @@ def choose_kind(
     raise SandboxUnavailable(f"No sandbox can be opened on this machine: {why}.", kind=spec.kind)
 
 
-def launch(kind: str, spec: SandboxSpec, workspace: Path, session_id: str) -> Launch:
+def launch(kind: str, spec: SandboxSpec, workspace: Path, session_id: str, epoch: int) -> Launch:
     """Blocks for some milliseconds the first time."""
     groups = limits.cgroups(spec)
     uid = limits.session_uid(session_id) if kind != "process" else None
@@ -103,7 +105,9 @@ def launch(kind: str, spec: SandboxSpec, workspace: Path, session_id: str) -> La
         plan |= _sandlock(spec, cgrouped=bool(groups))
     else:
         plan["argv"] = _BASH
-    return Launch(plan, _ulimits(kind, spec, cgrouped=bool(groups), own_uid=uid is not None))
+    ulimits = _ulimits(kind, spec, cgrouped=bool(groups), own_uid=uid is not None)
+    owner = os.getpid()
+    return Launch(plan, ulimits, Mark(session_id, epoch, owner, Stat.of(owner).started, ""))
 
 
 def _ulimits(kind: str, spec: SandboxSpec, *, cgrouped: bool, own_uid: bool) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from agent.sandbox.capture import Capture
 from agent.sandbox.contract import ExecResult, Sandbox
 from agent.sandbox.kinds import choose_kind
 from agent.sandbox.limits import session_uid
+from agent.sandbox.reaper import evict
 from agent.sandbox.shell import Launch, Shell, ShellState
 from agent.sandbox.workspace import Workspace
 from agent.spec import SandboxSpec
@@ -33,18 +34,24 @@ TIMED_OUT = 124
 """As coreutils' `timeout` says it."""
 
 
-async def open_sandbox(spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox:
+async def open_sandbox(
+    spec: SandboxSpec, workspace: Path, *, session_id: str, epoch: int = 1
+) -> Sandbox:
     """Open a session's sandbox over its workspace, which is made when it is missing.
+
+    Sandboxes that the session's earlier epochs left open on this machine are ended first.
 
     Raises:
         SandboxUnavailable: the machine cannot do what `spec` asks, or the start failed.
     """
     kind = await asyncio.to_thread(choose_kind, spec)
+    if epoch > 1 and (ended := await asyncio.to_thread(evict, session_id, epoch)):
+        log.warning("sandbox_evicted", session_id=session_id, epoch=epoch, n_processes=len(ended))
     if kind == "process":
         log.warning("sandbox_without_isolation", session_id=session_id)
     root = await asyncio.to_thread(workspace.absolute)
     uid = None if kind == "process" else await asyncio.to_thread(session_uid, session_id)
-    launch = await asyncio.to_thread(kinds.launch, kind, spec, root, session_id)
+    launch = await asyncio.to_thread(kinds.launch, kind, spec, root, session_id, epoch)
     files = await asyncio.to_thread(_opened, root, uid, spec)
     sandbox = LocalSandbox(kind, spec, launch, files)
     try:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from agent.faults import SandboxUnavailable
+from agent.sandbox import marks
 from agent.sandbox.capture import Capture
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,8 @@ class Launch(NamedTuple):
     """For the warden, without `lifeline`."""
     ulimits: tuple[str, ...]
     """Options and values of bash's `ulimit`, set hard before anything else runs."""
+    mark: marks.Mark
+    """Of the warden, with an `inside` that each start replaces."""
 
 
 class ShellState(NamedTuple):
@@ -82,16 +85,19 @@ class Shell:
         Raises:
             SandboxUnavailable: nothing that answers could be started.
         """
+        mark = launch.mark._replace(inside=secrets.token_hex(8))
+        plan = launch.plan | {"env": launch.plan["env"] | {marks.INSIDE: mark.inside}}
         read_end, write_end = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", str(_WARDEN),
-                json.dumps({"lifeline": read_end, **launch.plan}),
+                json.dumps({"lifeline": read_end, **plan}),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 pass_fds=(read_end,),
-                env={"HOME": "/"},  # of a uid without a name Python would not find one
+                # HOME: of a uid without a name Python would not find one.
+                env={"HOME": "/", marks.WARDEN: str(mark)},
                 cwd="/",
                 start_new_session=True,  # a Ctrl-C at our terminal is not for the sandbox
                 limit=_CHUNK_BYTES,
@@ -250,6 +256,8 @@ def _setup(ulimits: tuple[str, ...], state: ShellState | None) -> str:
     lines = [f"ulimit {limit} 2>/dev/null" for limit in ulimits]
     lines.append("umask 022")
     if state is not None:
-        lines.append(state.exports)
+        # The mark of the shell before is among its exports.
+        lines += [f"troupe_mark=${marks.INSIDE}", state.exports]
+        lines += [f"export {marks.INSIDE}=$troupe_mark", "unset troupe_mark"]
         lines.append(f"cd -- {shlex.quote(state.directory)} 2>/dev/null")
     return "\n".join([*lines, ":"])

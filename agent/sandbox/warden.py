@@ -4,7 +4,8 @@ Run as a script by `agent.sandbox.shell`, alone (the standard library only), wit
 plan, as JSON. Its standard streams are the sandbox's shell's. It is the subreaper of everything that
 the shell starts, so `setsid` children cannot get away, and it waits on the *lifeline*, a pipe whose
 other end only its owner holds: when that closes, by `close` or because the owner was killed, it kills
-every descendant, removes the cgroups and ends. It exits as the shell exits, 128+n for a signal.
+every descendant, removes the cgroups and ends. SIGTERM means the same. It exits as the shell exits,
+128+n for a signal. What happens when the warden itself is killed or stopped: `agent.sandbox.reaper`.
 
 The plan: `lifeline` (fd), `cgroups` ([{dir, files}]), `uid` (or null), `workspace`, `tmp_bytes`,
 `fds` ({fd: base64}, made readable for the sandbox), `env`, and either `argv` or `sandlock`
@@ -53,12 +54,13 @@ def main() -> int:
     lifeline = plan["lifeline"]
     os.set_inheritable(lifeline, False)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    # Children that end wake the loop below through this pipe.
+    # Children that end, and SIGTERM, wake the loop below through this pipe.
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_w, False)
     signal.signal(signal.SIGCHLD, _woken)
+    signal.signal(signal.SIGTERM, _woken)
     signal.set_wakeup_fd(wake_w)
-    cgroups = [Path(group["dir"]) / f"troupe-{os.getpid()}" for group in plan["cgroups"]]
+    cgroups = [Path(group["dir"]) / _cgroup_name() for group in plan["cgroups"]]
     try:
         for group, path in zip(plan["cgroups"], cgroups, strict=True):
             _sweep(path.parent)
@@ -82,6 +84,12 @@ def main() -> int:
             _remove(path)
 
 
+def _cgroup_name() -> str:
+    """Of this process alone: pids come again, with another start (field 22 of its stat)."""
+    stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return f"troupe-{os.getpid()}-{stat[19]}"
+
+
 def _woken(_number: int, _frame: object) -> None:
     """A handler must be there for the wakeup fd to be written."""
 
@@ -93,12 +101,13 @@ def _forget_stdio() -> None:
 
 
 def _watch(first: int, lifeline: int, wake: int) -> int:
-    """Until the shell ends or the lifeline closes."""
+    """Until the shell ends, the lifeline closes or SIGTERM comes."""
     while True:
         ready, _, _ = select.select([lifeline, wake], [], [])
         if lifeline in ready:
             return 128 + signal.SIGKILL
-        os.read(wake, 4096)
+        if signal.SIGTERM in os.read(wake, 4096):
+            return 128 + signal.SIGTERM
         code = _reap(first)
         if code is not None:
             return code
@@ -168,7 +177,7 @@ def _remove(cgroup: Path) -> None:
 def _sweep(parent: Path) -> None:
     """Remove the cgroups of wardens that were killed; one with processes in it stays (EBUSY)."""
     for path in parent.glob("troupe-*"):
-        if not Path("/proc", path.name.removeprefix("troupe-")).exists():
+        if not Path("/proc", path.name.split("-")[1]).exists():
             with suppress(OSError):
                 path.rmdir()
 
@@ -177,6 +186,7 @@ def _become_the_sandbox(plan: dict[str, Any], cgroups: list[Path], alive: int) -
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and that is inherited
         for path in cgroups:
             (path / "cgroup.procs").write_text(str(os.getpid()))

@@ -330,7 +330,7 @@ async def test_a_sandbox_dies_with_its_owner(kind: str, workspace: Path) -> None
     mark = f"mark-{secrets.token_hex(6)}"
     before = session_cgroups()
     owner = await asyncio.create_subprocess_exec(
-        sys.executable, sandbox_owner.__file__, kind, str(workspace), mark,
+        sys.executable, "-P", sandbox_owner.__file__, kind, str(workspace), mark,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
@@ -440,6 +440,7 @@ async def test_the_environment_holds_no_host_secret(
         assert secret not in found.output
         names = set((await says(box, "env | cut -d= -f1")).split())
         assert names <= {
+            "TROUPE_INSIDE",
             "PATH",
             "HOME",
             "LANG",

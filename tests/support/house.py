@@ -95,8 +95,10 @@ class FakeOpener:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def __call__(self, spec: SandboxSpec, workspace: Path, *, session_id: str) -> Sandbox:
-        del spec, session_id
+    async def __call__(
+        self, spec: SandboxSpec, workspace: Path, *, session_id: str, epoch: int
+    ) -> Sandbox:
+        del spec, session_id, epoch
         self.asked.set()
         await self.gate.wait()
         await asyncio.to_thread(workspace.mkdir, parents=True, exist_ok=True)

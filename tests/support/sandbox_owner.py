@@ -1,6 +1,6 @@
-"""Owns a sandbox until it is killed: `python sandbox_owner.py KIND WORKSPACE MARK`.
+"""Owns a sandbox until it is killed: `python sandbox_owner.py KIND WORKSPACE MARK [SESSION_ID EPOCH]`.
 
-Prints a line when its sandbox runs a process named MARK, then waits for ever."""
+Prints a line when its sandbox runs processes named MARK, then waits for ever."""
 
 import asyncio
 import sys
@@ -10,10 +10,16 @@ from agent.sandbox.local import open_sandbox
 from agent.spec import SandboxSpec
 
 
-async def main(kind: str, workspace: str, mark: str) -> None:
+async def main(
+    kind: str, workspace: str, mark: str, session_id: str = "", epoch: str = "1"
+) -> None:
     spec = SandboxSpec.model_validate({"kind": kind})
-    sandbox = await open_sandbox(spec, Path(workspace), session_id=mark)
-    await sandbox.exec(f"setsid bash -c 'exec -a {mark} sleep 600' & disown", timeout_s=10)
+    sandbox = await open_sandbox(
+        spec, Path(workspace), session_id=session_id or mark, epoch=int(epoch)
+    )
+    sleep = f"/bin/bash -c 'exec -a {mark} /bin/sleep 600'"
+    await sandbox.exec(f"setsid {sleep} & disown", timeout_s=10)
+    await sandbox.exec(f"setsid nohup env -i {sleep} >nohup.out & disown", timeout_s=10)
     print("ready", flush=True)
     await sandbox.exec(f"bash -c 'exec -a {mark} sleep 600'", timeout_s=600)
 
