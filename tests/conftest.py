@@ -11,11 +11,13 @@ from blockbuster import blockbuster_ctx
 
 from actors.settings import ActorsSettings
 from agent import logs
-from agent.settings import AgentSettings
+from agent.settings import AgentSettings, SecretsSettings
+from agent.vault import new_key as new_secrets_key
 from serve_app.auth import new_key
 from serve_app.cluster import Cluster, prepare_environment
 from serve_app.settings import ServeSettings, TroupeSettings
 from tests.support.house import AGENTS
+from tests.support.postgres import postgres  # noqa: F401  the fixture
 
 # Ray reads its switches when it is imported, which test modules do before the house starts.
 prepare_environment(os.environ)
@@ -29,8 +31,11 @@ SMALL = ActorsSettings(
     warm_actors=4,  # most tests then reuse processes instead of starting them
     page_wait_s=0.2,
     close_wait_s=2.0,
+    probe_s=2.0,
+    sweep_s=2.0,
 )
 """The limits that the sessions contract is written for."""
+SECRETS_KEY_ENV = "TROUPE_TEST_SECRETS_KEY"
 
 
 class House(NamedTuple):
@@ -48,7 +53,12 @@ def house_settings(
     keys_file = storage_dir / "keys.yaml"
     keys_file.write_text(yaml.safe_dump({"keys": [k.entry.model_dump() for k in keys.values()]}))
     settings = TroupeSettings(
-        agent=AgentSettings(storage_dir=storage_dir, agents_dir=AGENTS, default_agent="tester"),
+        agent=AgentSettings(
+            storage_dir=storage_dir,
+            agents_dir=AGENTS,
+            default_agent="tester",
+            secrets=SecretsSettings(key_env=SECRETS_KEY_ENV),
+        ),
         actors=actors,
         serve=ServeSettings(port=0, keys_file=keys_file),
     )
@@ -69,6 +79,7 @@ def no_blocking_calls() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     settings, keys = house_settings(tmp_path_factory.mktemp("house"))
+    os.environ[SECRETS_KEY_ENV] = new_secrets_key()
     cluster = Cluster(settings)
     running = cluster.start()
     try:

@@ -1,7 +1,4 @@
-"""Every kind of journal behind one fixture: `store`, a place that any number of journals may open.
-
-A further kind joins by a function in `KINDS`.
-"""
+"""Every kind of journal behind one fixture: `store`, a place that any number of journals may open."""
 
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,8 +12,10 @@ import pytest
 from agent.events import SessionOpened
 from agent.journal import Journal
 from agent.journal_memory import MemoryJournal
+from agent.journal_postgres import PostgresJournal
 from agent.journal_sqlite import SqliteJournal
 from agent.spec import AgentSpec
+from tests.support.postgres import empty_schema
 
 SPEC = AgentSpec(name="default", system_prompt="You are careful.", model="scripted/demo")
 
@@ -60,12 +59,29 @@ async def sqlite(directory: Path) -> AsyncIterator[Store]:
         yield another
 
 
-KINDS = {"memory": memory, "sqlite": sqlite}
+@asynccontextmanager
+async def postgres(url: str) -> AsyncIterator[Store]:
+    clock = Clock()
+    async with AsyncExitStack() as opened:
+
+        async def another() -> Journal:
+            journal = PostgresJournal(url, idle_s=0.5, clock=clock)
+            opened.push_async_callback(journal.close)
+            return journal
+
+        yield another
 
 
-@pytest.fixture(params=sorted(KINDS))
+@pytest.fixture(params=["memory", "postgres", "sqlite"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    async with KINDS[request.param](tmp_path) as opened:
+    match request.param:
+        case "memory":
+            opening_store = memory(tmp_path)
+        case "sqlite":
+            opening_store = sqlite(tmp_path)
+        case _:
+            opening_store = postgres(await empty_schema(request.getfixturevalue("postgres").url))
+    async with opening_store as opened:
         yield opened
 
 
