@@ -174,7 +174,11 @@ class Place(NamedTuple):
 
 
 def place(messages: Sequence[dict[str, Any]]) -> Place:
-    last = max((n for n, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    users = [n for n, m in enumerate(messages) if m["role"] == "user"]
+    # In the middle of a turn the model may be told of a new shell or a lost file.
+    last = max(
+        (n for n in users if not is_note(text_of(messages[n]))), default=max(users, default=-1)
+    )
     since = messages[last + 1 :]
     tools = {
         call["id"]: call["function"]["name"]
@@ -186,6 +190,11 @@ def place(messages: Sequence[dict[str, Any]]) -> Place:
         step=sum(m["role"] == "assistant" for m in since),
         results={tools[m["tool_call_id"]]: text_of(m) for m in since if m["role"] == "tool"},
     )
+
+
+def is_note(text: str) -> bool:
+    """Whether it has the form of what is told beside the user's own words: a sentence in brackets."""
+    return text.startswith("[") and text.endswith(".]")
 
 
 def text_of(message: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from agent.context import NEW_SHELL
 from agent.faults import ModelRefused, ModelUnavailable
 from agent.model.contract import Completion, Model, ModelRequest, ReasoningChunk, TextChunk
 from agent.testing import NamedScripts, Reply, ScriptedModel, scripted_model
@@ -122,6 +123,13 @@ async def test_a_puppet_does_its_steps_then_says_done() -> None:
     second = await answer(scripted_model(), request)
     assert second.text == "bye"
     assert (await answer(scripted_model(), continued(request, second, []))).text == "done"
+
+
+async def test_a_puppet_keeps_its_place_when_it_is_told_of_a_new_shell() -> None:
+    first = asked("[{say: one, call: bash, args: {command: ls}}, {say: two}]")
+    second = continued(first, await answer(scripted_model(), first), ["unknown"])
+    second.messages.append({"role": "user", "content": NEW_SHELL})
+    assert (await answer(scripted_model(), second)).text == "two"
 
 
 async def test_a_puppet_fails_with_the_fault_it_is_told() -> None:
