@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import ray
 from ray import serve
+from ray.util import list_named_actors
 
-from actors.desk import Route
+from actors.desk import DRAIN_MARGIN_S, Route
 from actors.gateway import APP as GATEWAY_APP
 from actors.gateway import gateway_app
 from actors.kit import Kit
@@ -30,6 +31,9 @@ from actors.settings import ActorsSettings
 from agent.events import Cursor, Page
 from agent.journal import SessionRow
 from agent.settings import AgentSettings
+
+ANSWER_WAIT_S = 5.0
+"""Over the manager's own limit for a drain."""
 
 
 class ManagerPort:
@@ -165,7 +169,8 @@ def start_gateway(agent: AgentSettings, default_model: str) -> None:
 
 
 async def drain(actors: ActorsSettings) -> None:
-    """Sessions come to rest, then their actors end, then the manager.
+    """Sessions come to rest, then the manager ends and every actor of the house with it, whatever
+    comes between: what has not left by then is as after a crash.
 
     Raises:
         Unavailable: not in time, or the manager died meanwhile.
@@ -175,6 +180,17 @@ async def drain(actors: ActorsSettings) -> None:
     except ValueError:
         return
     lost = Unavailable("The sessions did not come to rest in time.")
-    limit_s = actors.drain_s + actors.close_wait_s + actors.call_timeout_s
-    await answer(manager.drain.remote(), lost, limit_s)
-    ray.kill(manager)
+    limit_s = actors.drain_s + actors.close_wait_s + DRAIN_MARGIN_S + ANSWER_WAIT_S
+    try:
+        await answer(manager.drain.remote(), lost, limit_s)
+    finally:
+        ray.kill(manager)  # first, so that it replaces none of the others
+        _end_actors()
+
+
+def _end_actors() -> None:
+    everyone: Any = list_named_actors(all_namespaces=True)
+    for named in everyone:
+        if named["namespace"] == NAMESPACE:
+            with suppress(ValueError):  # it ended since the list was made
+                ray.kill(ray.get_actor(named["name"], namespace=NAMESPACE))

@@ -47,6 +47,11 @@ T = TypeVar("T")
 
 MAX_GIVE_WAY_TRIES = 16
 """Idle sessions asked to go before a newcomer is refused: each may have become busy meanwhile."""
+DRAIN_MARGIN_S = 10.0
+"""Over what the settings give a session to leave: for moves that had begun, and the journal."""
+JOURNAL_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0)
+"""Between questions to a journal that does not answer: a database that is restarted is back by then,
+and the processes of the sessions that it stopped need not be started anew."""
 RETRY_AFTER_S = 5
 """Told to whom is refused: about the length of a short turn."""
 
@@ -424,7 +429,11 @@ class Desk:
             self.ledger.release(lease)
 
     async def drain(self) -> None:
-        """Bring every session to a place between two steps and send it away; admit nobody any more."""
+        """Bring every session to a place between two steps and send it away; admit nobody any more.
+
+        Takes at most `drain_s`, `close_wait_s` and DRAIN_MARGIN_S together. What has not left by then
+        ends with its process, as in a crash.
+        """
         self._draining = True
         if self._sweeps is not None:
             self._sweeps.cancel()
@@ -433,9 +442,16 @@ class Desk:
             await self._move(lease.session_id, lambda: self._send_away(lease, "shutdown"))
             self.ledger.release(lease)
 
-        async with asyncio.TaskGroup() as group:
-            for lease in self.ledger.leases:
-                group.create_task(one(lease))
+        leaving = {self._tasks.start(one(lease), name="drain") for lease in self.ledger.leases}
+        if not leaving:
+            return
+        limits = self._kit.actors
+        limit_s = limits.drain_s + limits.close_wait_s + DRAIN_MARGIN_S
+        done, late = await asyncio.wait(leaving, timeout=limit_s)
+        for task in done:
+            task.result()
+        if late:
+            log.warning("drain_cut_short", n_sessions=len(late))
 
     async def close(self) -> None:
         """End the desk's own tasks."""

@@ -30,6 +30,8 @@ PROBE_WAIT_S = 5.0
 """For a question that an actor answers at once if it lives."""
 MAX_SILENT = 2
 """Probes without an answer before a process is replaced: one may fall into a busy moment."""
+LEAVE_MARGIN_S = 5.0
+"""Over what a session may take to leave; one that takes longer is stuck, and its process goes."""
 MAX_STARTING = 4
 """Actor processes that start at once: each costs 1 to 2 CPU-seconds, which running turns need too."""
 
@@ -37,13 +39,14 @@ MAX_STARTING = 4
 class RayHost:
     """A session actor as the desk sees it. Implements `actors.desk.Host`."""
 
-    def __init__(self, name: str, handle: Any, timeout_s: float) -> None:
+    def __init__(self, name: str, handle: Any, actors: ActorsSettings) -> None:
         self.name = name
         self.handle = handle
         self.alive = True
         self.started = False
         self.n_uses = 0
-        self._timeout_s = timeout_s
+        self._timeout_s = actors.call_timeout_s
+        self._leave_limit_s = actors.drain_s + actors.close_wait_s + LEAVE_MARGIN_S
 
     def _lost(self) -> Unavailable:
         return Unavailable("The session's process does not answer.", retry_after_s=1)
@@ -75,7 +78,7 @@ class RayHost:
 
     async def passivate(self, session_id: str, reason: PassivationReason) -> bool:
         call = self.handle.passivate.remote(session_id, reason)
-        return await answer(call, self._lost(), self._timeout_s)
+        return await answer(call, self._lost(), self._leave_limit_s)
 
     async def end(self, session_id: str, *, deleted: bool = False) -> None:
         await answer(self.handle.end.remote(session_id, deleted), self._lost(), self._timeout_s)
@@ -141,7 +144,7 @@ class RayHosts:
         return host
 
     def _known(self, name: str, handle: Any) -> RayHost:
-        host = RayHost(name, handle, self._actors.call_timeout_s)
+        host = RayHost(name, handle, self._actors)
         self._all[name] = host
         self._tasks.start(self._watch(host), name=f"watch {name}")
         return host

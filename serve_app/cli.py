@@ -147,7 +147,7 @@ def down(config: ConfigOption = None) -> None:
         # The lock on the file says that this process is the house: its id is not reused.
         os.kill(run.pid, signal.SIGTERM)
         actors = settings.actors
-        limit_s = actors.close_wait_s + actors.call_timeout_s + DOWN_MARGIN_S
+        limit_s = actors.drain_s + actors.close_wait_s + DOWN_MARGIN_S
         with console.status(f"Sessions come to rest; process {run.pid} ends…"):
             ended = file.wait_until_free(limit_s)
         if not ended:
