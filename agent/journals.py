@@ -38,7 +38,7 @@ async def open_journal(
     path = url.removeprefix("sqlite:///")
     if path == url or not path or "?" in path:
         raise SettingsInvalid(
-            f"journal_url: {url.split(':')[0]!r} is neither memory:, nor sqlite:///path,"
+            f"journal_url: {url.partition(':')[0]!r} is neither memory:, nor sqlite:///path,"
             " nor postgresql://user@host:port/database"
         )
     return (

@@ -174,7 +174,7 @@ class Postgres:
         with suppress(OSError):
             lines = (self._data / "postmaster.pid").read_text().splitlines()
             assert self._process is not None
-            return lines[0] == str(self._process.pid) and lines[7:] == ["ready   "]
+            return lines[7:] == ["ready   "] and lines[0] == str(self._process.pid)
         return False
 
     def _pids(self) -> list[int]:
