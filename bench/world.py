@@ -27,8 +27,8 @@ from bench.processes import LOOK_EVERY_S, Kept, Process, below, ended, send, sna
 ROOT = Path(__file__).parent.parent
 AGENTS = Path(__file__).parent / "agents"
 PROGRAMS = Path(sys.executable).parent
-START_S = 120.0
-"""For a part to say that it is there: half a minute on two idle cores."""
+START_S = 180.0
+"""For a part to say that it is there: half a minute on two idle cores, minutes on busy ones."""
 DOWN_S = 120.0
 OBJECT_STORE_BYTES = 100_000_000
 
@@ -299,6 +299,7 @@ def _environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_raylet_start_wait_time_s": f"{START_S:.0f}",  # 30 by default, less than busy cores need
         "NO_COLOR": "1",
     }
 
