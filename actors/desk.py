@@ -37,7 +37,7 @@ from actors.quotas import charge
 from actors.recovery import Recovery
 from actors.tokens import Tokens
 from agent.events import Fact, PassivationReason, SessionOpened
-from agent.faults import Fault, NoSuchSession, SessionExists
+from agent.faults import Fault, JournalFault, NoSuchSession, SessionExists
 from agent.journal import SessionRow
 from agent.spec import AgentSpec
 from agent.vault import Vault
@@ -261,8 +261,8 @@ class Desk:
             await self._vacate(lease.session_id, clean=True)
         return went
 
-    async def _place(self, lease: Lease) -> Route:
-        """Activate the session of a reserved lease on a host.
+    async def _place(self, lease: Lease, on: Host | None = None) -> Route:
+        """Activate the session of a reserved lease on a host, `on` this empty one if it can.
 
         Raises:
             Unavailable, Conflict, JournalFault. The lease stays reserved.
@@ -270,7 +270,7 @@ class Desk:
         session_id = lease.session_id
         token = await self._tokens.find(session_id)
         try:
-            host, epoch = await self._adopted(session_id, token)
+            host, epoch = await self._adopted(session_id, token, on)
         except Unavailable:  # a warm host may have died unseen
             host, epoch = await self._adopted(session_id, token)
         if not host.alive:
@@ -284,8 +284,10 @@ class Desk:
         self._announce(session_id)
         return route
 
-    async def _adopted(self, session_id: str, token: str | None) -> tuple[Host, int]:
-        host = await self._hosts.acquire()
+    async def _adopted(
+        self, session_id: str, token: str | None, on: Host | None = None
+    ) -> tuple[Host, int]:
+        host = on or await self._hosts.acquire()
         async with AsyncExitStack() as unless_adopted:
             unless_adopted.push_async_callback(self._hosts.give_back, host, clean=False)
             epoch = await host.adopt(session_id, token)
@@ -467,13 +469,48 @@ class Desk:
             self.ledger.note(lease, report.epoch, report.n, is_busy=report.change == "busy")
 
     async def _lost(self, session_id: str, epoch: int) -> None:
-        async def work() -> None:
-            placed = self._placed.get(session_id)
-            if placed is not None and placed[1].epoch == epoch:
-                await self._leave(session_id, clean=False)
+        """An incarnation cannot go on: another one took its place, or the journal did not answer. Its
+        host is as good as before: it takes the session up again once the journal answers."""
 
-        await self._move(session_id, work)
-        await self._revive(session_id)
+        async def work() -> None:
+            placed, lease = self._placed.get(session_id), self.ledger.get(session_id)
+            if placed is None or lease is None or placed[1].epoch != epoch:
+                return
+            host, _ = self._placed.pop(session_id)
+            self.ledger.keep(lease)
+            with self.ledger.returned_on_failure(lease):
+                await self._taken_up_again(lease, host)
+
+        try:
+            await self._move(session_id, work)
+        except Fault as fault:  # the next sweep tries again
+            log.warning("recovery_put_off", session_id=session_id, code=fault.code)
+
+    async def _taken_up_again(self, lease: Lease, host: Host) -> None:
+        async with AsyncExitStack() as ends:
+            ends.push_async_callback(self._hosts.give_back, host, clean=False)
+            await host.end(lease.session_id)
+            ends.pop_all()
+            ends.push_async_callback(self._hosts.give_back, host, clean=True)
+            row = await self._row_in_time(lease.session_id)
+            if row is None or row.closed or not row.n_open_turns:
+                self.ledger.release(lease)
+                return
+            ends.pop_all()
+            await self._place(lease, on=host)
+
+    async def _row_in_time(self, session_id: str) -> SessionRow | None:
+        """The row, also of a journal that is away for a moment.
+
+        Raises:
+            JournalFault: it is away for longer.
+        """
+        for pause_s in JOURNAL_PAUSES_S:
+            try:
+                return await self._row_or_none(session_id)
+            except JournalFault:
+                await asyncio.sleep(pause_s)
+        return await self._row_or_none(session_id)
 
     def host_died(self, name: str) -> list[str]:
         """Bring back what lived on a host and has an open turn; the slots of others are free. The ids

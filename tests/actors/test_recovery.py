@@ -229,6 +229,35 @@ async def test_what_cannot_be_brought_back_now_is_tried_again(house: Make) -> No
     await zombie.end(session_id)
 
 
+class Stalling(Away):
+    """Appends fail too while it is away."""
+
+    async def append(self, *args: Any) -> Any:
+        self._answer()
+        return await super().append(*args)
+
+
+async def test_a_journal_that_comes_back_finds_the_session_in_the_same_process(house: Make) -> None:
+    tool, journal = Wait(), Stalling()
+    sessions = await house(WAIT, SAY, tools=[tool], journal=journal)
+    session_id = await waiting(sessions, tool)
+    before = await sessions.desk.find(session_id)
+    journal.away = True
+    tool.go.set()
+
+    async def is_lost() -> bool:
+        return await sessions.desk.find(session_id) is None
+
+    await eventually(is_lost, SOON_S)
+    journal.away = False
+    heard = await follow(sessions, ALICE, session_id, turn=1)
+    assert [f["outcome"] for f in heard.of("tool_finished")] == ["unknown"]
+    assert heard.of("turn_ended")[0]["reason"] == "done"
+    after = await sessions.desk.find(session_id)
+    assert (after.host, after.epoch) == (before.host, before.epoch + 1)
+    assert (await sessions.capacity(ALICE)).live == 1
+
+
 async def test_open_turns_beyond_the_limit_wait_for_slots(house: Make) -> None:
     journal = MemoryJournal()
     first = await house(actors=NEVER, journal=journal)
