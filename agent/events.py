@@ -262,6 +262,8 @@ class WorkspaceSaved(Fact):
     """Files that are not in it: over a limit, or no regular files."""
     skipped: tuple[str, ...] = ()
     """The first of them, relative to the workspace."""
+    copy_id: str
+    """Which node's copy of the workspace it was: the current one, until another is told of."""
 
 
 class WorkspaceRestored(Fact):
@@ -269,13 +271,15 @@ class WorkspaceRestored(Fact):
 
     type: Literal["workspace_restored"] = "workspace_restored"
     snapshot_id: str | None
-    """None: there was none that could be read, and the workspace is empty."""
+    """None: there was none that could be read. The workspace is empty, or an old copy that lay here."""
     n_files: int
     n_bytes: int
     n_missing: int = 0
     """Files that are known to be lost."""
     detail: str | None = None
     """What is lost, for the model and for a person. None: nothing that is known of."""
+    copy_id: str
+    """The copy that was made, and is the current one from here on."""
 
 
 class TurnEnded(Fact):

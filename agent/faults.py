@@ -11,6 +11,7 @@
     │   └── ContextOverflow     context_overflow: the prompt does not fit the model's window
     ├── SandboxUnavailable      sandbox_unavailable: nothing could be run at all
     ├── WorkspaceRefused        workspace_refused: a path or a size that the workspace does not take
+    ├── SnapshotFailed          snapshot_failed: a workspace could not be copied to or from where it is kept
     ├── JournalFault            journal_failed: the store did not answer
     │   ├── Fenced              fenced: another incarnation owns the session
     │   ├── NoSuchSession       not_found
@@ -95,6 +96,10 @@ class SandboxUnavailable(Fault):
 
 class WorkspaceRefused(Fault):
     code = "workspace_refused"
+
+
+class SnapshotFailed(Fault):
+    code = "snapshot_failed"
 
 
 class JournalFault(Fault):

@@ -93,6 +93,7 @@ CODES = {
     "ContextOverflow": "context_overflow",
     "SandboxUnavailable": "sandbox_unavailable",
     "WorkspaceRefused": "workspace_refused",
+    "SnapshotFailed": "snapshot_failed",
     "JournalFault": "journal_failed",
     "Fenced": "fenced",
     "NoSuchSession": "not_found",
