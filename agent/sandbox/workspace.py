@@ -24,7 +24,7 @@ HIDDEN = ".troupe"
 KEPT_OUTPUTS = 8
 
 _SYS_OPENAT2 = 437  # the same number on every machine
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_BENEATH = 0x02, 0x08
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
 _RACES = 20
 """EAGAIN says that a rename elsewhere made the kernel unsure about a `..`."""
 
@@ -40,8 +40,16 @@ class _OpenHow(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _openat2(dir_fd: int, path: str, flags: int) -> int:
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+def open_beneath(dir_fd: int, path: str, flags: int, *, follow_symlinks: bool = True) -> int:
+    """Open a path that, with every symlink on its way, stays below an open directory.
+
+    Raises:
+        OSError: EXDEV when it leaves the directory, ELOOP for a symlink that is not to be followed.
+    """
+    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS
+    how = _OpenHow(
+        flags | os.O_CLOEXEC, 0, resolve if follow_symlinks else resolve | _RESOLVE_NO_SYMLINKS
+    )
     for _ in range(_RACES):
         fd = _libc.syscall(
             ctypes.c_long(_SYS_OPENAT2),
@@ -96,7 +104,7 @@ class Workspace:
         """The first `max_bytes` of a regular file."""
         with _refusals(path):
             # O_NONBLOCK: opening a FIFO must not wait for its writer.
-            fd = _openat2(self._root_fd, self._relative(path), os.O_RDONLY | os.O_NONBLOCK)
+            fd = open_beneath(self._root_fd, self._relative(path), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):
@@ -173,14 +181,14 @@ class Workspace:
     @contextmanager
     def _directory(self, parts: list[str]) -> Generator[int]:
         """An open directory; what is missing on the way is made."""
-        fd = _openat2(self._root_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
+        fd = open_beneath(self._root_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             for depth, part in enumerate(parts, start=1):
                 with suppress(FileExistsError):
                     os.mkdir(part, 0o755, dir_fd=fd)
                     self._give_name(fd, part)
                 # From the top each time: a symlink on the way may point up and still stay inside.
-                below = _openat2(
+                below = open_beneath(
                     self._root_fd, "/".join(parts[:depth]), os.O_RDONLY | os.O_DIRECTORY
                 )
                 os.close(fd)
