@@ -12,7 +12,7 @@ from bench.support.postgres import Postgres
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """For tests that leave it as it is; who stops or kills one starts one of their own."""
-    with Postgres() as server:
+    with Postgres(flush=False) as server:
         yield server
 
 
