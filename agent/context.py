@@ -305,7 +305,7 @@ class Context:
         refused: list[ToolFinished] = []
         for call in calls:
             verdict = gate.judge(self.spec.approval, call.proposed.tool, call.arguments)
-            if call.started_epoch and not self._idempotent(call.proposed.tool):
+            if self._may_have_happened(call):
                 refused.append(self._finished(call, "unknown", UNKNOWN))
             elif call.decision is not None and call.decision.decision == "reject":
                 refused.append(self._finished(call, "denied", _rejection(call.decision)))
@@ -385,8 +385,18 @@ class Context:
     def abandon(self, code: str, detail: str) -> list[Fact]:
         """The facts that end the running turn when the loop itself failed."""
         calls = [call for call in self._open_calls() if not call.asked]
+        settled = [
+            self._finished(call, "unknown", UNKNOWN)
+            if self._may_have_happened(call)
+            else self._finished(call, "error", detail)
+            for call in calls
+        ]
         ended = TurnEnded(turn=self.open_turns[0], reason="failed", code=code, detail=detail)
-        return [*(self._finished(call, "error", detail) for call in calls), ended]
+        return [*settled, ended]
+
+    def _may_have_happened(self, call: Call) -> bool:
+        """It had started, nobody told how it ended, and that matters."""
+        return bool(call.started_epoch) and not self._idempotent(call.proposed.tool)
 
     @property
     def pending(self) -> dict[str, Call]:

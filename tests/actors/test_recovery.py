@@ -160,6 +160,18 @@ async def test_a_turn_that_kills_its_process_each_time_is_given_up(house: Make) 
         await zombie.end(session_id)
 
 
+async def test_what_had_started_in_a_turn_that_is_given_up_may_have_happened(house: Make) -> None:
+    tool = Wait()
+    never = NEVER.model_copy(update={"max_recoveries": 0})
+    sessions = await house(WAIT, tools=[tool], actors=never)
+    session_id = await waiting(sessions, tool)
+    zombie = await died(sessions, session_id)
+    assert (await turn_of(sessions, ALICE, session_id, 1))["code"] == "recovery_exhausted"
+    [finished] = (await follow(sessions, ALICE, session_id, turn=1)).of("tool_finished")
+    assert (finished["outcome"], finished["text"]) == ("unknown", UNKNOWN)
+    await zombie.end(session_id)
+
+
 async def test_the_count_of_deaths_outlives_the_desk(house: Make) -> None:
     """A desk that begins anew counts on: the journal does."""
     tool, journal = WaitAgain(), MemoryJournal()
