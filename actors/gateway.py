@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from agent import logs
-from agent.faults import ModelFault, ModelUnavailable, boundary
+from agent.faults import ModelFault, ModelLost, boundary
 from agent.model.contract import (
     Completion,
     Model,
@@ -39,6 +39,8 @@ BUFFER_ITEMS = 256
 HEARTBEAT_S = 15.0
 SILENCE_S = 60.0
 """Four heartbeats. Also the limit for finding a replica at all."""
+LOST_PAUSE_S = 1.0
+"""Before it is told: who asked again at once would be sent to the same dead replica."""
 
 Item = TextChunk | ReasoningChunk | Completion
 
@@ -179,7 +181,7 @@ class GatewayModel:
     async def _answered(self, answer: Any) -> Any:
         """
         Raises:
-            ModelFault: the replica's own, or ModelUnavailable for whatever happened to the way there.
+            ModelFault: the replica's own, or ModelLost for whatever happened to the way there.
         """
         try:
             async with asyncio.timeout(self._silence_s):
@@ -193,4 +195,5 @@ class GatewayModel:
         except Exception as cause:
             # The way broke: next time the deployment is looked for again.
             self._handle = None
-            raise ModelUnavailable("The model gateway cannot be reached.") from cause
+            await asyncio.sleep(LOST_PAUSE_S)
+            raise ModelLost("The model gateway cannot be reached.") from cause

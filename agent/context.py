@@ -48,6 +48,7 @@ from agent.events import (
     UserMessage,
     WorkspaceRestored,
 )
+from agent.faults import ContextOverflow, ModelLost
 from agent.owed import (
     CallModel,
     Compact,
@@ -72,6 +73,9 @@ from agent.view import (
     handover,
     tokens_of,
 )
+
+MAX_LOST = 3
+"""Calls lost in a row that are made again: a gateway that dies more often needs a person."""
 
 
 class Answer(NamedTuple):
@@ -135,6 +139,8 @@ class Context:
         self._compaction_failed: CompactionFailed | None = None
         self._seeded = False
         self._overflowed = False
+        self._n_lost = 0
+        """Model calls in a row that were lost on the way."""
         self._tokens = 0
         self._had_sandbox = False
         self.recovered_at: list[datetime] = []
@@ -226,13 +232,14 @@ class Context:
     def _fold_model_call(self, fact: ModelCalled) -> None:
         self.n_calls += 1
         if fact.kind == "main":
-            self._overflowed = fact.fault == "context_overflow"
+            self._overflowed = fact.fault == ContextOverflow.code
+            self._n_lost = self._n_lost + 1 if fact.fault == ModelLost.code else 0
             if fact.usage is not None:
                 self._tokens = fact.usage.prompt_tokens + fact.usage.completion_tokens
 
     def _begin(self, opening: Opening) -> None:
         self.turn = opening
-        self.n_steps = 0
+        self.n_steps = self._n_lost = 0
         self._compaction_done = self._seeded = self._overflowed = False
         self._compaction_failed = None
         self.recovered_at = []
@@ -327,10 +334,8 @@ class Context:
         last = self.view[-1] if self.view else None
         if isinstance(last, AssistantEntry) and not last.calls:
             return End("done")
-        if self._overflowed and self._compaction_done:
-            return End(
-                "failed", "context_overflow", "The conversation does not fit the model's window."
-            )
+        if beyond := self._beyond_asking():
+            return beyond
         if self.n_steps >= self.spec.limits.max_steps:
             return End("limit", "max_steps", f"The turn made {self.n_steps} model calls.")
         limit = self.spec.compaction.at_fraction * self.window_tokens
@@ -342,6 +347,20 @@ class Context:
                     "failed", "context_overflow", "The message does not fit the model's window."
                 )
         return CallModel()
+
+    def _beyond_asking(self) -> End | None:
+        """The end of a turn whose model call would only fail again."""
+        if self._n_lost > MAX_LOST:
+            return End(
+                "failed",
+                ModelLost.code,
+                f"The model gateway was lost {self._n_lost} times in a row.",
+            )
+        if self._overflowed and self._compaction_done:
+            return End(
+                "failed", "context_overflow", "The conversation does not fit the model's window."
+            )
+        return None
 
     def _keep_tokens(self) -> int:
         """How much of the newest conversation a compaction leaves: its share of the window, and less

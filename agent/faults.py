@@ -5,6 +5,7 @@
     │   ├── ModelAuth           model_auth: the key was refused
     │   ├── ModelRateLimited    model_rate_limited: 429, with `retry_after_s`
     │   ├── ModelUnavailable    model_unavailable: 5xx, no connection
+    │   ├── ModelLost           model_lost: what asked the model for us died; the call is made again
     │   ├── ModelTimeout        model_timeout: no token, or no next token, in time
     │   ├── ModelCut            model_cut: the stream ended before its end
     │   ├── ModelRefused        model_refused: the provider rejected the request (400, 404)
@@ -72,6 +73,13 @@ class ModelRateLimited(ModelFault):
 
 class ModelUnavailable(ModelFault):
     code = "model_unavailable"
+
+
+class ModelLost(ModelFault):
+    """The way to what calls providers broke: it died, or is silent. Whether the model answered is not
+    known, and it is no word of the model's, so the call is made again."""
+
+    code = "model_lost"
 
 
 class ModelTimeout(ModelFault):

@@ -25,7 +25,7 @@ from agent.events import (
     ToolStarted,
     TurnEnded,
 )
-from agent.faults import ContextOverflow, ModelFault, boundary
+from agent.faults import ContextOverflow, ModelFault, ModelLost, boundary
 from agent.model.contract import Completion, Model, ModelRequest, TextChunk
 from agent.owed import (
     CallModel,
@@ -185,7 +185,7 @@ async def call_model(run: Run) -> None:
         partial = [part.message("interrupted")] if keep else []
         await run.commit(part.called(fault="interrupted"), *partial)
         raise
-    except ContextOverflow as fault:
+    except (ContextOverflow, ModelLost) as fault:
         await run.commit(part.called(fault=fault.code))  # the context knows what to do about it
     except ModelFault as fault:
         ended = TurnEnded(turn=part.turn, reason="failed", code=fault.code, detail=fault.detail)

@@ -62,7 +62,9 @@ CATCH_ALL = {
     "actors/activation.py": "a defect of ours ends the turn; an open turn would hang for ever",
     "actors/recovery.py": "a session that cannot be brought back does not keep the others from it",
     "actors/desk.py": "a session that cannot leave in order still gives its slot back",
-    "actors/gateway.py": "Serve raises anything; it becomes ModelUnavailable",
+    "actors/rolling.py": "a session that cannot be moved does not keep the others from it",
+    "actors/gateway.py": "Serve raises anything; it becomes ModelLost",
+    "actors/node.py": "a look of the reaper that fails must not be the last",
 }
 """Files that may say `except Exception`, each with its reason."""
 ENDS_A_PROCESS = {"agent/sandbox/warden.py": "a forked child ends in place, whatever happened"}
@@ -89,6 +91,7 @@ CODES = {
     "ModelUnavailable": "model_unavailable",
     "ModelTimeout": "model_timeout",
     "ModelCut": "model_cut",
+    "ModelLost": "model_lost",
     "ModelRefused": "model_refused",
     "ContextOverflow": "context_overflow",
     "SandboxUnavailable": "sandbox_unavailable",

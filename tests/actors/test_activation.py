@@ -22,6 +22,7 @@ from actors.protocol import (
     Unavailable,
 )
 from actors.settings import ActorsSettings, Quota
+from agent.context import MAX_LOST
 from agent.events import (
     AssistantMessage,
     Compacted,
@@ -38,7 +39,7 @@ from agent.events import (
     TurnEnded,
     UserMessage,
 )
-from agent.faults import ContextOverflow, Fenced, ModelUnavailable
+from agent.faults import ContextOverflow, Fenced, ModelLost, ModelUnavailable
 from agent.journal_memory import MemoryJournal
 from agent.spec import ApprovalPolicy, ApprovalRule, Compaction, Limits
 from agent.testing import Reply, ScriptedModel
@@ -91,6 +92,29 @@ async def test_a_started_call_without_a_result_is_unknown_unless_it_is_idempoten
     [request] = requests_of(after)
     told = {m["name"]: m["content"] for m in request.messages if m["role"] == "tool"}
     assert "may" in told["effect"]
+
+
+async def test_a_call_that_was_lost_on_the_way_is_made_again_under_another_address(
+    stand: MakeStand,
+) -> None:
+    lost = Reply("half of it", fault=ModelLost("gone"))
+    made = stand(*[lost] * MAX_LOST, Reply("whole"), *[lost] * MAX_LOST, SAY)
+    activation = await made.open()
+    for text in ("hello", "again"):  # each turn has its own count
+        assert (await made.ended(activation, text)).reason == "done"
+    assert [m.text for m in await made.facts(AssistantMessage)] == ["whole", "ok"]
+    called = await made.facts(ModelCalled)
+    assert [c.fault for c in called] == [*["model_lost"] * MAX_LOST, None] * 2
+    [first, _] = await made.facts(AssistantMessage)
+    assert first.part_id == f"1.1.{MAX_LOST}"
+
+
+async def test_a_gateway_that_is_lost_each_time_fails_the_turn(stand: MakeStand) -> None:
+    made = stand(*[Reply(fault=ModelLost("gone"))] * (MAX_LOST + 1), SAY)
+    activation = await made.open()
+    ended = await made.ended(activation, "hello")
+    assert (ended.reason, ended.code) == ("failed", "model_lost")
+    assert (await made.ended(activation, "again")).reason == "done"
 
 
 async def test_a_stale_incarnation_cannot_write_and_ends_itself(stand: MakeStand) -> None:

@@ -23,6 +23,7 @@ from actors.gateway import (
 from agent.faults import (
     ModelAuth,
     ModelFault,
+    ModelLost,
     ModelRateLimited,
     ModelTimeout,
     ModelUnavailable,
@@ -237,7 +238,7 @@ def test_a_card_comes_from_the_gateway(session: Any) -> None:
     assert got(session.card.remote("scripted/demo")).window_tokens == 128_000
 
 
-def test_a_killed_replica_is_unavailable_and_the_next_call_works(session: Any) -> None:
+def test_a_killed_replica_is_a_lost_call_and_the_next_call_works(session: Any) -> None:
     assert got(session.began.remote(puppet("- {say: a, hang: true}"))) == "a"
     [replica] = [
         actor
@@ -245,7 +246,7 @@ def test_a_killed_replica_is_unavailable_and_the_next_call_works(session: Any) -
         if actor["namespace"] == "serve" and f"{APP}#{DEPLOYMENT}" in actor["name"]
     ]
     ray.kill(ray.get_actor(replica["name"], namespace="serve"))
-    assert got(session.ended.remote()) == "ModelUnavailable"
+    assert got(session.ended.remote()) == "ModelLost"
     # Serve starts another replica by itself.
     deadline = time.monotonic() + 60
     while got(session.fault.remote(puppet("- {say: b}")))[0] != "none":
@@ -253,11 +254,11 @@ def test_a_killed_replica_is_unavailable_and_the_next_call_works(session: Any) -
     assert got(session.asked.remote(puppet("- {say: b}")))[-1].text == "b"
 
 
-def test_without_a_gateway_a_model_is_unavailable(gateway: None) -> None:
+def test_without_a_gateway_a_call_is_lost(gateway: None) -> None:
     async def asked() -> None:
         model = GatewayModel(app_name="troupe-nowhere")
         async with aclosing(model.stream(puppet("- {say: a}"))) as stream:
             await anext(stream)
 
-    with pytest.raises(ModelUnavailable):
+    with pytest.raises(ModelLost):
         asyncio.run(asked())
