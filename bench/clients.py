@@ -323,19 +323,19 @@ class Talk:
                 if is_over.is_set():
                     break
             await self._check_effects(ear)
-            await self._check_journal(ear)
-            await self._close(ear)
+            await self.check_journal(ear)
+            await self.close(ear)
 
     async def live_on_poison(self) -> None:
         """A turn that kills its process each time is given up, and the session is then as any."""
         async with self.opened("poison") as ear:
-            sent = await self._say(poison())
+            sent = await self.say(poison())
             end = await ear.ended(sent.turn)
             if (end["reason"], end["code"]) != ("failed", GIVEN_UP) or not end["detail"]:
                 self._violated("wrong outcome", "poison was not given up", end=end)
             self._evidence.turns["given up (poison)"] += 1
-            await self._check_journal(ear)
-            await self._close(ear)
+            await self.check_journal(ear)
+            await self.close(ear)
 
     @contextlib.asynccontextmanager
     async def opened(self, agent: str) -> AsyncIterator[Ear]:
@@ -358,18 +358,18 @@ class Talk:
     # -- turns ---------------------------------------------------------------------------------
 
     async def _turn(self, ear: Ear, script: Script) -> None:
-        sent = await self._say(script)
+        sent = await self.say(script)
         if script.interrupt_after_s is not None:
             await asyncio.sleep(script.interrupt_after_s)
-            await self._command("interrupt", allowed=(202, 409))
+            await self.command("interrupt", allowed=(202, 409))
         end = await ear.ended(sent.turn)
         while end["reason"] == "approval":
             end = await ear.ended(await self._decide(ear, script))
         self._judge(ear, sent, end)
 
-    async def _say(self, script: Script) -> Sent:
+    async def say(self, script: Script) -> Sent:
         message_id = uuid.uuid4().hex
-        accepted = await self._command("messages", message_id, text=script.text)
+        accepted = await self.command("messages", message_id, text=script.text)
         self._sent.append(Sent(message_id, script, accepted))
         return self._sent[-1]
 
@@ -378,9 +378,9 @@ class Talk:
         decisions = [
             {"tool_call_id": ask["tool_call_id"], "decision": script.decision} for ask in asks
         ]
-        return (await self._command("approvals", decisions=decisions))["turn"]
+        return (await self.command("approvals", decisions=decisions))["turn"]
 
-    async def _command(
+    async def command(
         self,
         name: str,
         message_id: str | None = None,
@@ -437,7 +437,7 @@ class Talk:
     async def _listed(self, ear: Ear) -> list[str]:
         """The marks in the workspace."""
         while True:
-            sent = await self._say(cat_marks())
+            sent = await self.say(cat_marks())
             end = await ear.ended(sent.turn)
             found = [
                 f for f in ear.facts if f["type"] == "tool_finished" and f["turn"] == sent.turn
@@ -448,7 +448,7 @@ class Talk:
                 self._judge(ear, sent, end)
                 raise Stuck
 
-    async def _check_journal(self, ear: Ear) -> None:
+    async def check_journal(self, ear: Ear) -> None:
         """What is stored is what was heard, and every 202 is in it."""
         stored = await ear.journal()
         heard = ear.facts[: len(stored)]
@@ -506,8 +506,8 @@ class Talk:
         if open_calls:
             self._violated("wrong outcome", f"never finished: {list(open_calls)}", stored=stored)
 
-    async def _close(self, ear: Ear) -> None:
-        await self._command("close")
+    async def close(self, ear: Ear) -> None:
+        await self.command("close")
         give_up_at = time.monotonic() + STUCK_S
         while not ear.is_closed:
             if time.monotonic() > give_up_at:

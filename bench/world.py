@@ -91,7 +91,7 @@ class World:
         self.redis = redis
         self.nodes: list[Node] = []
         self._n_nodes = nodes
-        self._settings = settings or {}
+        self.settings = settings or {}
         self._ends = ExitStack()
         self._ray_port, self._redis_port = free_ports(2)
         self._env = _environment()
@@ -144,7 +144,7 @@ class World:
         ends.callback(kept.end)
         argv = ["redis-server", "--port", self._redis_port, "--bind", "127.0.0.1"]
         kept.run([*argv, "--save", "", "--dir", self.directory], env=self._env, cwd=self.directory)
-        said(log, "Ready to accept connections", 0)
+        said(log, "Ready to accept connections")
 
     def start_node(self, number: int) -> None:
         """`ray start` on a node that has no processes."""
@@ -164,12 +164,29 @@ class World:
                 env["RAY_external_storage_namespace"] = f"world{self._ray_port}"
         else:
             argv += [f"--address={self._address}"]
-        before = node.log.stat().st_size
-        node.kept.run(argv, env=env, cwd=self.directory)
-        text = said(node.log, "Ray runtime started.", before)
+        text = self._node_started(node, argv, env)
         if number == HEAD:
             self._address = text.partition("ray start --address='")[2].partition("'")[0]
             self._gcs = None
+
+    def _node_started(self, node: Node, argv: list[str], env: dict[str, str]) -> str:
+        """What `ray start` said. It is tried again when the raylet gave up: it waits 15 s for its own
+        helpers (2.60), which is too short on busy cores, and `ray start` gives up after 30 s."""
+        give_up_at = time.monotonic() + START_S
+        while time.monotonic() < give_up_at:
+            before = node.log.stat().st_size
+            node.kept.run(argv, env=env, cwd=self.directory)
+            before_it = set[str]()
+            while time.monotonic() < give_up_at:
+                there = {_part_of_start(process) for process in node.kept.processes()} - {""}
+                if "Ray runtime started." in (text := since(node.log, before)):
+                    return text
+                if before_it - there:
+                    break
+                before_it = there
+                time.sleep(LOOK_EVERY_S)
+            node.kept.kill()
+        raise WorldFault(f"Node {node.number} did not start:\n{tail(node.log)}")
 
     def _start_troupe(self, ends: ExitStack) -> None:
         log = self.directory / "troupe.log"
@@ -181,7 +198,7 @@ class World:
         env = self._env | {"RAY_ADDRESS": self._address}
         argv = [str(PROGRAMS / "troupe"), "up", "--dev", "--port", "0", "-c", str(config)]
         kept.run([*argv, "--model", "scripted/puppet"], env=env, cwd=self.directory)
-        text = said(log, "Talk to it with", 0)
+        text = said(log, "Talk to it with")
         self.url = text.partition("URL: ")[2].split()[0]
 
     def _config(self) -> dict[str, Any]:
@@ -193,9 +210,9 @@ class World:
         if self.database is not None:
             agent["journal_url"] = self.database.url
         return {
-            "agent": agent | dict(self._settings.get("agent", {})),
-            "actors": dict(self._settings.get("actors", {})),
-            "serve": dict(self._settings.get("serve", {})),
+            "agent": agent | dict(self.settings.get("agent", {})),
+            "actors": dict(self.settings.get("actors", {})),
+            "serve": dict(self.settings.get("serve", {})),
         }
 
     def down(self) -> None:
@@ -265,7 +282,10 @@ class World:
         return send(victim.pid, signal.SIGSTOP)
 
     def resume(self, victim: Victim) -> bool:
-        return send(victim.pid, signal.SIGCONT)
+        """Let it go on; whether it was still there. Its number may be another's by now."""
+        process = snapshot().get(victim.pid)
+        is_it = process is not None and role_of(process) == victim.role
+        return is_it and send(victim.pid, signal.SIGCONT)
 
     def kill_node(self, number: int) -> None:
         """Every process of it at once."""
@@ -299,7 +319,8 @@ def _environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_raylet_start_wait_time_s": f"{START_S:.0f}",  # 30 by default, less than busy cores need
+        # Ray's is 15, behind everything else here: the users of the load and other people's tests.
+        "RAY_worker_niceness": "0",
         "NO_COLOR": "1",
     }
 
@@ -312,6 +333,12 @@ def role_of(process: Process) -> str | None:
         if binary in process.title[:300]:
             return role
     return None
+
+
+def _part_of_start(process: Process) -> str:
+    if " start --num-cpus=" in process.title:
+        return "ray start"
+    return "raylet" if role_of(process) == "raylet" else ""
 
 
 def free_ports(n: int) -> list[int]:
@@ -346,23 +373,24 @@ def wait_until(holds: Callable[[], bool], limit_s: float, what: str) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def said(log: Path, words: str, since: int) -> str:
-    """Wait until a log holds the words after the byte `since`; all that it holds after it.
+def said(log: Path, words: str) -> str:
+    """Wait until a log holds the words; all that it holds.
 
     Raises:
         WorldFault
     """
 
-    def text() -> str:
-        with log.open("rb") as file:
-            file.seek(since)
-            return file.read().decode(errors="replace")
-
     try:
-        wait_until(lambda: words in text(), START_S, words)
+        wait_until(lambda: words in since(log, 0), START_S, words)
     except WorldFault as fault:
         raise WorldFault(f"{fault}\n{tail(log)}") from None
-    return text()
+    return since(log, 0)
+
+
+def since(log: Path, n_bytes: int) -> str:
+    with log.open("rb") as file:
+        file.seek(n_bytes)
+        return file.read().decode(errors="replace")
 
 
 def tail(log: Path, n_lines: int = 30) -> str:
