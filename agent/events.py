@@ -249,6 +249,8 @@ class SandboxOpened(Fact):
 class SandboxClosed(Fact):
     type: Literal["sandbox_closed"] = "sandbox_closed"
     reason: str
+    unsaved: bool = False
+    """The workspace may have changed since it was last saved: other nodes do not have that."""
 
 
 class WorkspaceSaved(Fact):

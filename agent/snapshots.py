@@ -1,8 +1,9 @@
 """Copies of a session's workspace, from which another node makes it again.
 
 One archive (`agent.archive`) per copy, `<url>/<session_id>/<snapshot_id>.tar.gz`, on any filesystem that
-fsspec reaches. It is written under another name and moved when it is whole; the one before is kept until
-the journal names its successor.
+fsspec reaches. It is written under another name and moved when it is whole. Its id begins with the epoch
+of the incarnation that made it, which removes none of a later one's: it may have been replaced unseen. The
+one before is kept, since the journal names it until it names its successor.
 
 The journal decides which copy is current. Every copy of a workspace has a `copy_id`, which lies beside it
 in a marker (`<workspace>.snapshot.json`) and in the facts; what lies on a node under another one is what
@@ -29,6 +30,7 @@ import structlog
 from agent import archive
 from agent.events import WorkspaceRestored, WorkspaceSaved
 from agent.faults import SettingsInvalid, SnapshotFailed, boundary
+from agent.held import Held
 from agent.settings import StorageSettings
 
 log = structlog.get_logger()
@@ -45,23 +47,10 @@ OLD = (
     " copy of them has left."
 )
 BROKEN = "The workspace's files are lost: its copy cannot be read. The workspace is empty."
-CRASHED = (
-    "The session goes on on another machine after a crash. The workspace is as it was when it was last"
-    " copied, at the end of an earlier step; what was changed in it after that is lost."
+BEHIND = (
+    "The session goes on on another machine. The workspace is as it was when it was last copied, at the end"
+    " of an earlier step; what was changed in it after that is lost."
 )
-
-
-class Held(NamedTuple):
-    """What a journal knows of a session's workspace."""
-
-    saved: WorkspaceSaved | None = None
-    """The newest."""
-    copy_id: str | None = None
-    """Of the newest WorkspaceSaved or WorkspaceRestored."""
-    was_used: bool = False
-    """A sandbox was opened before."""
-    after_crash: bool = False
-    """Its process died, and nothing was saved or restored since."""
 
 
 class Marker(NamedTuple):
@@ -78,20 +67,18 @@ class _Stopped(Exception):
 
 
 class Snapshots:
+    """Every method raises SettingsInvalid where `check_filesystem` would."""
+
     def __init__(self, settings: StorageSettings, storage_dir: Path) -> None:
-        """
-        Raises:
-            SettingsInvalid: `storage.url` names a filesystem that is not known or not installed.
-        """
         self._url = settings.url or str(storage_dir.absolute() / "snapshots")
         self._limits = archive.Limits(settings.max_bytes, settings.max_files)
         self._timeout_s = settings.timeout_s
-        _check_driver(self._url)
 
     async def save(
-        self, session_id: str, workspace: Path, saved: WorkspaceSaved | None
+        self, session_id: str, workspace: Path, saved: WorkspaceSaved | None, *, epoch: int
     ) -> WorkspaceSaved | None:
-        """Copy the workspace to where other nodes find it. `saved` is the newest fact of its kind.
+        """Copy the workspace to where other nodes find it. `saved` is the newest fact of its kind, and
+        its snapshot and the new one are kept.
 
         None: nothing changed since (by path, size, time and mode), or there is nothing to copy. On a fault
         or a cancellation the earlier snapshot stands.
@@ -103,7 +90,7 @@ class Snapshots:
             return None
         return await self._in_thread(
             "The workspace could not be copied",
-            lambda check: self._save(session_id, workspace, saved, check),
+            lambda check: self._save(_Store(self._url, session_id), workspace, saved, epoch, check),
         )
 
     async def restore(
@@ -156,9 +143,10 @@ class Snapshots:
 
     def _save(
         self,
-        session_id: str,
+        store: "_Store",
         workspace: Path,
         saved: WorkspaceSaved | None,
+        epoch: int,
         check: archive.Check,
     ) -> WorkspaceSaved | None:
         if not workspace.is_dir():
@@ -170,8 +158,7 @@ class Snapshots:
             if saved and last == (saved.snapshot_id, listing.digest):
                 return None
             copy_id = marker.copy_id if marker else secrets.token_hex(8)
-            new = Marker(copy_id, secrets.token_hex(12), listing.digest)
-            store = _Store(self._url, session_id)
+            new = Marker(copy_id, f"{epoch}-{secrets.token_hex(12)}", listing.digest)
             with store.new(_name(new), check) as out:
                 packed = archive.pack(root, listing, self._limits, out, check)
         try:
@@ -180,7 +167,7 @@ class Snapshots:
         except BaseException:
             store.remove(_name(new))
             raise
-        store.keep({_name(new), f"{saved.snapshot_id}{_SUFFIX}" if saved else ""})
+        store.keep({_name(new), f"{saved.snapshot_id}{_SUFFIX}" if saved else ""}, epoch)
         return WorkspaceSaved(
             snapshot_id=str(new.snapshot_id),
             n_files=packed.n_files,
@@ -274,7 +261,7 @@ def _told(held: Held, new: Marker, packed: archive.Packed | None) -> WorkspaceRe
             copy_id=new.copy_id,
         )
     n_refused = max(packed.left_out.n, saved.n_files - packed.n_files)
-    details = [CRASHED] if held.after_crash else []
+    details = [BEHIND] if held.is_behind else []
     if n_missing := saved.n_skipped + n_refused:
         names = [*saved.skipped, *packed.left_out.names][:20]
         details.append(
@@ -302,10 +289,8 @@ class _Store:
         self._fs: Any
         try:
             self._fs, root = url_to_fs(url)
-        except ImportError as cause:
-            raise SettingsInvalid(
-                f"storage.url: a Python package is missing ({cause.name})."
-            ) from cause
+        except (ImportError, ValueError) as cause:
+            raise SettingsInvalid("storage.url: its filesystem's driver cannot be had.") from cause
         self._directory = f"{root.rstrip('/')}/{session_id}"
 
     def _path(self, name: str) -> str:
@@ -350,11 +335,13 @@ class _Store:
             return []
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
 
-    def keep(self, names: set[str]) -> None:
-        """Remove all others, halves that a killed process left too."""
+    def keep(self, names: set[str], epoch: int) -> None:
+        """Remove all others up to an epoch, halves that a killed process left too."""
         try:
             for name in set(self._names()) - names:
-                self.remove(name)
+                made_in, dash, _ = name.partition("-")
+                if dash and made_in.isdecimal() and int(made_in) <= epoch:
+                    self.remove(name)
         except OSError:
             # What was to be done is done; the next save tries again.
             log.warning("old_snapshots_kept", exc_info=True)
@@ -366,10 +353,20 @@ class _Store:
             self._fs.rmdir(self._directory)
 
 
-def _check_driver(url: str) -> None:
-    from fsspec.registry import known_implementations, registry  # as in _Store
+def check_filesystem(settings: StorageSettings) -> None:
+    """Find out before anything needs it whether `storage.url` can be one.
+
+    Raises:
+        SettingsInvalid: no such filesystem, a driver that is not installed, or a relative path.
+    """
+    from fsspec.registry import known_implementations, registry  # late, as in _Store
     from fsspec.utils import get_protocol
 
+    url = settings.url
+    if url is None:
+        return
+    if "://" not in url and not Path(url).is_absolute():
+        raise SettingsInvalid("storage.url: neither a URL nor an absolute path.")
     protocol = get_protocol(url)
     known = known_implementations.get(protocol)
     if known is None and protocol not in registry:

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from agent import archive
 from agent.events import WorkspaceRestored, WorkspaceSaved
 from agent.faults import SettingsInvalid, SnapshotFailed
+from agent.held import Held
 from agent.sandbox.local import open_sandbox
 from agent.settings import StorageSettings
-from agent.snapshots import BROKEN, CRASHED, GONE, OLD, Held, Snapshots
+from agent.snapshots import BEHIND, BROKEN, GONE, OLD, Snapshots, check_filesystem
 from agent.spec import SandboxSpec
 from tests.support.sandboxes import need
 
@@ -44,8 +45,8 @@ class Node:
         self.workspace = root / "workspaces" / "s"
         self.snapshots = Snapshots(StorageSettings(url=url, **limits), root)
 
-    async def save(self, saved: WorkspaceSaved | None = None) -> WorkspaceSaved:
-        found = await self.snapshots.save("s", self.workspace, saved)
+    async def save(self, saved: WorkspaceSaved | None = None, epoch: int = 1) -> WorkspaceSaved:
+        found = await self.snapshots.save("s", self.workspace, saved, epoch=epoch)
         assert found is not None
         return found
 
@@ -186,11 +187,11 @@ async def test_a_workspace_comes_back_on_another_node(a: Node, b: Node) -> None:
 async def test_an_unchanged_workspace_is_not_saved_again(a: Node, b: Node) -> None:
     file = a.write("f")
     saved = await a.save()
-    assert await a.snapshots.save("s", a.workspace, saved) is None
+    assert await a.snapshots.save("s", a.workspace, saved, epoch=1) is None
     await b.restore(saved)
-    assert await b.snapshots.save("s", b.workspace, saved) is None
+    assert await b.snapshots.save("s", b.workspace, saved, epoch=1) is None
     file.chmod(0o700)
-    assert await a.snapshots.save("s", a.workspace, saved) is not None
+    assert await a.snapshots.save("s", a.workspace, saved, epoch=1) is not None
 
 
 async def test_a_save_that_the_journal_does_not_know_is_made_again(a: Node, url: str) -> None:
@@ -198,7 +199,7 @@ async def test_a_save_that_the_journal_does_not_know_is_made_again(a: Node, url:
     known = await a.save()
     a.write("f", "more")
     await a.save(known)  # and then the process died before the fact was written
-    again = await a.snapshots.save("s", a.workspace, known)
+    again = await a.snapshots.save("s", a.workspace, known, epoch=1)
     assert again is not None
     assert stored(url) == sorted([f"{known.snapshot_id}.tar.gz", f"{again.snapshot_id}.tar.gz"])
 
@@ -213,15 +214,32 @@ async def test_the_two_newest_snapshots_are_kept(a: Node, url: str) -> None:
     assert stored(url) == sorted(seen[1:])
 
 
+async def test_an_incarnation_that_was_replaced_removes_nothing_newer(
+    a: Node, b: Node, url: str
+) -> None:
+    a.write("f")
+    saved = await a.save()
+    await b.restore(saved)
+    b.write("f", "newer")
+    newer = await b.save(saved, epoch=2)
+    a.write("f", "of one who slept meanwhile")
+    unknown = await a.save(saved)
+    assert f"{newer.snapshot_id}.tar.gz" in stored(url)
+    b.write("f", "newest")
+    newest = await b.save(newer, epoch=2)
+    assert stored(url) == sorted(f"{one.snapshot_id}.tar.gz" for one in (newer, newest))
+    assert unknown.copy_id == saved.copy_id
+
+
 async def test_no_workspace_makes_no_snapshot(a: Node, url: str) -> None:
-    assert await a.snapshots.save("s", a.workspace, None) is None
+    assert await a.snapshots.save("s", a.workspace, None, epoch=1) is None
     assert stored(url) == []
 
 
 async def test_no_bytes_allowed_means_no_snapshots(tmp_path: Path, url: str) -> None:
     node = Node(tmp_path / "a", url, max_bytes=0)
     node.write("f")
-    assert await node.snapshots.save("s", node.workspace, None) is None
+    assert await node.snapshots.save("s", node.workspace, None, epoch=1) is None
     assert stored(url) == []
 
 
@@ -271,8 +289,8 @@ async def test_a_copy_that_another_node_took_over_is_not_current_again(a: Node, 
     a.write("f")
     saved = await a.save()
     elsewhere = await b.restore(saved)
-    back = await a.restore(saved, copy_id=elsewhere.copy_id, after_crash=True)
-    assert back.detail == CRASHED
+    back = await a.restore(saved, copy_id=elsewhere.copy_id, is_behind=True)
+    assert back.detail == BEHIND
     assert back.copy_id not in {saved.copy_id, elsewhere.copy_id}
 
 
@@ -684,7 +702,7 @@ async def test_a_failed_save_leaves_the_earlier_one(
     a.write("f", "second, longer")
     FullStore.fails_in = place
     with pytest.raises(SnapshotFailed):
-        await a.snapshots.save("s", a.workspace, saved)
+        await a.snapshots.save("s", a.workspace, saved, epoch=1)
     FullStore.fails_in = ""
     assert stored("fullmemory://store") == [f"{saved.snapshot_id}.tar.gz"]
     assert (await b.restore(saved)).n_bytes == 5
@@ -698,7 +716,7 @@ async def test_a_save_that_takes_too_long_is_given_up_and_taken_back(
     node = Node(tmp_path / "a", "heldmemory://store", timeout_s=0.2)
     node.write("f")
     with pytest.raises(SnapshotFailed, match=r"0\.2 s"):
-        await node.snapshots.save("s", node.workspace, None)
+        await node.snapshots.save("s", node.workspace, None, epoch=1)
     assert HeldStore.came.is_set()
     HeldStore.go_on.set()
     assert await asyncio.to_thread(HeldStore.left.wait, SOON_S)
@@ -709,7 +727,7 @@ async def test_a_save_that_takes_too_long_is_given_up_and_taken_back(
 async def test_a_cancelled_save_is_taken_back(tmp_path: Path, stores: None) -> None:
     node = Node(tmp_path / "a", "heldmemory://store")
     node.write("f")
-    saving = asyncio.create_task(node.snapshots.save("s", node.workspace, None))
+    saving = asyncio.create_task(node.snapshots.save("s", node.workspace, None, epoch=1))
     assert await asyncio.to_thread(HeldStore.came.wait, SOON_S)
     saving.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -767,9 +785,23 @@ async def test_without_a_url_copies_lie_in_the_storage_directory(tmp_path: Path)
 
 
 @pytest.mark.parametrize("url", ["nosuch://x", "oss://bucket"])
-def test_a_filesystem_that_is_not_there_is_named(tmp_path: Path, url: str) -> None:
+async def test_a_filesystem_that_is_not_there_is_said(tmp_path: Path, url: str) -> None:
     with pytest.raises(SettingsInvalid, match=url.split(":", maxsplit=1)[0]):
-        Snapshots(StorageSettings(url=url), tmp_path)
+        check_filesystem(StorageSettings(url=url))
+    node = Node(tmp_path / "a", url)
+    node.write("f")
+    with pytest.raises(SettingsInvalid, match="driver"):
+        await node.save()
+
+
+def test_a_relative_path_is_not_the_same_on_two_nodes() -> None:
+    with pytest.raises(SettingsInvalid):
+        check_filesystem(StorageSettings(url="snapshots"))
+
+
+@pytest.mark.parametrize("url", [None, "memory://x", "/mnt/x", "file:///mnt/x"])
+def test_a_filesystem_that_is_there_is_fine(url: str | None) -> None:
+    check_filesystem(StorageSettings(url=url))
 
 
 # -- real sandboxes ----------------------------------------------------------------------------------------------
