@@ -18,6 +18,15 @@ def spawn(work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
     return asyncio.get_running_loop().create_task(work, name=name, context=contextvars.Context())
 
 
+async def kept(task: asyncio.Task[T]) -> T:
+    """The task's result. It goes on when we are cancelled; its result is then dropped."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_retrieved)
+        raise
+
+
 class Detached:
     """Owns such tasks until they end."""
 
@@ -35,12 +44,7 @@ class Detached:
 
         Whatever `work` changes is therefore changed wholly or not at all, as seen from outside.
         """
-        task = self.start(work(), name=name)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_retrieved)
-            raise
+        return await kept(self.start(work(), name=name))
 
     async def close(self, wait_s: float) -> bool:
         """Cancel what still runs and wait for it. False: something runs on after `wait_s`."""

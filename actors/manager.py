@@ -16,6 +16,7 @@ from actors.desk import Desk, Route
 from actors.detached import spawn
 from actors.host import Hosted
 from actors.kit import Kit
+from actors.node import Nodes
 from actors.protocol import (
     Accepted,
     AnyCommand,
@@ -45,6 +46,8 @@ class SessionManager:
     async def __init__(self, agent: AgentSettings, actors: ActorsSettings) -> None:
         logs.configure()
         self._hosts = RayHosts(agent, actors, died=self._host_died)
+        self._nodes = Nodes(agent, actors)
+        self._nodes.begin()
         # Not here: Ray does not restart an actor whose constructor failed, and the journal may be away.
         self._beginning = spawn(self._begin(agent, actors), name="begin")
 
@@ -137,6 +140,7 @@ class SessionManager:
     async def drain(self) -> None:
         """Bring every session to rest, then end every session actor."""
         await (await self._desk()).drain()
+        await self._nodes.close()
         await self._hosts.close()
 
 

@@ -12,12 +12,14 @@ from actors.detached import spawn
 from actors.gateway import GatewayModel
 from actors.host import Hosted, SessionHost
 from actors.kit import Kit
+from actors.node_journal import NodeJournal
 from actors.protocol import Accepted, AnyCommand, Principal
 from actors.remote import NAMESPACE
 from actors.settings import ActorsSettings
 from agent import logs
 from agent.events import Cursor, Page, PassivationReason
-from agent.journals import open_journal
+from agent.journal import Journal
+from agent.journals import POSTGRES, open_journal
 from agent.settings import AgentSettings
 
 MANAGER = "manager"
@@ -26,15 +28,29 @@ MAX_CONCURRENCY = 10_000
 
 
 async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
-    """The parts that a process of the cluster shares among its sessions."""
-    journal = await open_journal(agent.journal_url, agent.storage_dir)
+    """The parts that a process of the cluster shares, with a journal of its own."""
+    journal = await open_journal(
+        agent.journal_url, agent.storage_dir, timeout_s=agent.journal_timeout_s
+    )
+    return _kit(journal, agent, actors)
+
+
+async def _sessions_kit(agent: AgentSettings, actors: ActorsSettings) -> Kit:
+    """The same for a process that hosts sessions: there are hundreds, too many for a server's
+    connections."""
+    if agent.journal_url.startswith(POSTGRES):
+        return _kit(NodeJournal.here(agent, actors), agent, actors)
+    return await kit_of(agent, actors)
+
+
+def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     return Kit(journal=journal, model=GatewayModel(), agent=agent, actors=actors)
 
 
 class SessionActor:
     async def __init__(self, name: str, agent: AgentSettings, actors: ActorsSettings) -> None:
         logs.configure()
-        self._kit = await kit_of(agent, actors)
+        self._kit = await _sessions_kit(agent, actors)
         self._host = SessionHost(self._kit, name, self._tell)
         self._manager: Any = None
         self._checks = spawn(self._host.keep_current(), name="epochs")
