@@ -35,6 +35,7 @@ from actors.protocol import (
 )
 from actors.quotas import charge
 from actors.recovery import Recovery
+from actors.rolling import roll
 from actors.tokens import Tokens
 from agent.events import Fact, PassivationReason, SessionOpened
 from agent.faults import Fault, JournalFault, NoSuchSession, SessionExists
@@ -77,6 +78,8 @@ class Host(Protocol):
     name: str
     alive: bool
     """False once it is known to be dead, or to be ended."""
+    current: bool
+    """False: it runs an older version of the code, and nothing new comes to it."""
 
     async def adopt(self, session_id: str, user_token: str | None = None) -> int: ...
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted: ...
@@ -135,6 +138,7 @@ class Desk:
         self._draining = False
         self._recovery = Recovery(kit.journal, self.resume, every_s=kit.actors.sweep_s)
         self._sweeps: asyncio.Task[None] | None = None
+        self._rolls: asyncio.Task[None] | None = None
 
     # -- moves, one after another per session --------------------------------------------------
 
@@ -299,12 +303,22 @@ class Desk:
         if placed is not None:
             await self._hosts.give_back(placed[0], clean=clean)
 
-    def take_over(self, host: Host, route: Route, session_id: str, user_id: str) -> None:
+    def take_over(
+        self,
+        host: Host,
+        route: Route,
+        session_id: str,
+        user_id: str,
+        *,
+        user_token: str | None = None,
+    ) -> None:
         """Count a session that lived before this desk did, once. It holds its slot even above a limit
         that was lowered meanwhile."""
         if session_id not in self._placed:
             self.ledger.take_over(session_id, user_id, route.epoch)
         self._placed[session_id] = (host, route)
+        if user_token is not None:
+            self._tokens.learn(session_id, user_token)
 
     # -- routes --------------------------------------------------------------------------------
 
@@ -437,8 +451,9 @@ class Desk:
         ends with its process, as in a crash.
         """
         self._draining = True
-        if self._sweeps is not None:
-            self._sweeps.cancel()
+        for task in (self._sweeps, self._rolls):
+            if task is not None:
+                task.cancel()
 
         async def one(lease: Lease) -> None:
             await self._move(lease.session_id, lambda: self._send_away(lease, "shutdown"))
@@ -527,8 +542,10 @@ class Desk:
     # -- recovery ------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Look for open turns that nobody works at, now and every `sweep_s`."""
+        """Look for open turns that nobody works at, now and every `sweep_s`; move what was taken over
+        on an older version of the code."""
         self._sweeps = self._tasks.start(self._recovery.run(), name="recovery")
+        self._rolls = self._tasks.start(self.roll(), name="roll")
 
     async def resume(self, session_id: str) -> None:
         """Have a session with an open turn live; the turn goes on by itself. Any other: nothing.
@@ -563,6 +580,31 @@ class Desk:
             await self.resume(session_id)
         except Fault as fault:  # the next sweep tries again
             log.warning("recovery_put_off", session_id=session_id, code=fault.code)
+
+    # -- a newer version of the code -----------------------------------------------------------
+
+    def outdated(self) -> list[str]:
+        """The sessions that live on an older version of the code."""
+        return [sid for sid, (host, _) in self._placed.items() if not host.current]
+
+    async def roll(self) -> None:
+        """Move them all to the newer one."""
+
+        async def one(session_id: str) -> None:
+            await self._move(session_id, lambda: self._rolled(session_id))
+
+        await roll(self.outdated, one, every_s=self._kit.actors.sweep_s)
+
+    async def _rolled(self, session_id: str) -> None:
+        """Send a session away between two steps; with an open turn it goes on at once elsewhere, in
+        the same slot. An idle one is woken when it is needed."""
+        placed, lease = self._placed.get(session_id), self.ledger.get(session_id)
+        if placed is None or lease is None or placed[0].current:
+            return
+        if await self._send_away(lease, "rolled"):
+            self.ledger.keep(lease)
+            await self._resumed(session_id)
+            log.info("session_rolled", session_id=session_id)
 
     # -- questions -----------------------------------------------------------------------------
 

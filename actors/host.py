@@ -21,12 +21,14 @@ class Hosted(NamedTuple):
     is_busy: bool
     n_reports: int
     """How many reports it made: later ones are newer than this."""
+    user_token: str | None = None
 
 
 class SessionHost:
     def __init__(self, kit: Kit, name: str, tell: Callable[[Report], None]) -> None:
         self.name = name
         self.alive = True
+        self.current = True
         self._kit = kit
         self._tell = tell
         self._activations: dict[str, Activation] = {}
@@ -45,6 +47,7 @@ class SessionHost:
                 one.context.epoch,
                 is_busy=one.is_busy(),
                 n_reports=one.n_reports,
+                user_token=one.user_token,
             )
             for session_id, one in self._activations.items()
             if not one.is_leaving

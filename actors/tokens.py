@@ -1,7 +1,7 @@
 """Users' tokens for tools: remembered here, and with a vault kept sealed beside the session.
 
 Only the desk asks: it hands a session's token to the host that adopts it. Without a vault a token is
-gone with the desk's process; one that lives on in a session's is found again only there.
+gone with the desk's process, but for those of sessions that live on in processes of their own.
 """
 
 import structlog
@@ -34,6 +34,10 @@ class Tokens:
             return
         if self._vault is not None:
             await self._journal.keep_secret(session_id, self._vault.seal(session_id, token))
+        self._remember(session_id, token)
+
+    def learn(self, session_id: str, token: str) -> None:
+        """Take a token from a session that lives on: it was kept, if it was to be, when it came."""
         self._remember(session_id, token)
 
     async def find(self, session_id: str) -> str | None:
