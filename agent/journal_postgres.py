@@ -68,15 +68,16 @@ ON CONFLICT (session_id) DO UPDATE SET sealed = excluded.sealed
 """
 _ROWS = """
 SELECT epoch, digest FROM sessions
-WHERE user_id = $1 AND ($2::timestamptz IS NULL OR (created_at, session_id) < ($2, $3))
+WHERE user_id = $1 AND (created_at, session_id) < ($2, $3)
 ORDER BY created_at DESC, session_id DESC LIMIT $4
 """
 _UNRESTED = """
 SELECT epoch, digest FROM sessions
-WHERE n_open_turns > 0 AND NOT closed
-    AND ($1::timestamptz IS NULL OR (created_at, session_id) > ($1, $2))
+WHERE n_open_turns > 0 AND NOT closed AND (created_at, session_id) > ($1, $2)
 ORDER BY created_at, session_id LIMIT $3
 """
+_FIRST = PageKey(datetime.min.replace(tzinfo=UTC), "")
+_LAST = PageKey(datetime.max.replace(tzinfo=UTC), "")
 
 T = TypeVar("T")
 Work = Callable[[Any], Awaitable[T]]
@@ -215,16 +216,18 @@ class PostgresJournal:
         return await self._read(session_id, lambda db: _fresh(db, session_id))
 
     async def rows(self, user_id: str, *, limit: int, after: str | None = None) -> RowPage:
-        return await self._page(_ROWS, _key(user_id), limit=limit, after=after)
+        return await self._page(_ROWS, [_key(user_id)], _LAST, limit, after)
 
     async def unrested(self, *, limit: int, after: str | None = None) -> RowPage:
-        return await self._page(_UNRESTED, limit=limit, after=after)
+        return await self._page(_UNRESTED, [], _FIRST, limit, after)
 
-    async def _page(self, query: str, *of: str, limit: int, after: str | None) -> RowPage:
+    async def _page(
+        self, query: str, of: Sequence[str], first: PageKey, limit: int, after: str | None
+    ) -> RowPage:
         if limit < 1:
             raise ValueError("limit")
-        key = PageKey.parse(after) if after is not None else None
-        bound = (key.created_at, _key(key.session_id)) if key else (None, "")
+        key = PageKey.parse(after) if after is not None else first
+        bound = (key.created_at, _key(key.session_id))
 
         async def work(db: Any) -> RowPage:
             found = await db.fetch(query, *of, *bound, limit + 1)
@@ -296,7 +299,7 @@ class PostgresJournal:
         self._writing[key] = task
 
         def ended(_: object) -> None:
-            if self._writing[key] is task:
+            if self._writing.get(key) is task:
                 del self._writing[key]
 
         task.add_done_callback(ended)
