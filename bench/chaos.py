@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -463,6 +464,8 @@ def main() -> None:
     if not options.redis:
         print("NO REDIS BEHIND THE GCS: its death is not part of this run", flush=True)
     directory = options.directory or Path(tempfile.mkdtemp(prefix="troupe-chaos-"))
+    # Like Ctrl-C: everything that was started ends.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     evidence = asyncio.run(ran(options, directory))
     if evidence.violations:
         print(f"\n{len(evidence.violations)} VIOLATIONS: see {evidence.directory}")
