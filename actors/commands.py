@@ -7,6 +7,7 @@ what it saw still holds when its fact is written.
 from collections.abc import Callable
 from typing import Any
 
+from actors.places import queue_full
 from actors.protocol import (
     MAX_TEXT_CHARS,
     Accepted,
@@ -17,7 +18,6 @@ from actors.protocol import (
     Decide,
     Interrupt,
     Invalid,
-    QueueFull,
     Seed,
     SendMessage,
     SwitchModel,
@@ -40,9 +40,6 @@ from agent.events import (
 )
 from agent.jsontext import is_object
 from agent.transcript import well_formed
-
-RETRY_AFTER_S = 5
-"""When the queue is full: about the length of a short turn."""
 
 
 class Repeated(Exception):
@@ -81,11 +78,7 @@ def fact_of(context: Context, command: AnyCommand, *, max_queued: int) -> Comman
         raise Conflict("The session is closed.")
     fact = _MAKERS[type(command)](context, command)
     if fact.turn > context.n_turns and len(context.queue) >= max_queued:
-        raise QueueFull(
-            f"{max_queued} turns are waiting already.",
-            limit=max_queued,
-            retry_after_s=RETRY_AFTER_S,
-        )
+        raise queue_full(max_queued, "turns are waiting")
     return fact
 
 

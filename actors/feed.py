@@ -33,6 +33,9 @@ from agent.events import (
 MAX_PAGE_FRAMES = 256
 MAX_PAGE_CHARS = 262_144
 """A page crosses two process borders whole: large enough to be cheap, small enough to be smooth."""
+MAX_STORED = 64
+"""Records that are read from the journal for a page. Most are small; the longest have 100,000 characters
+and more, and what does not fit into the page is read again for the next."""
 MAX_RING_CHARS = 4 * 1024 * 1024
 """Of the ring's deltas: what an activation spends on readers that come back."""
 
@@ -241,12 +244,16 @@ def ends(record: Record, turn: int | None) -> bool:
 
 
 def page_of(records: tuple[Record, ...], cursor: Cursor, turn: int | None) -> Page:
-    """A page of facts straight from the journal, after `cursor`."""
+    """A page of facts straight from the journal, after `cursor`: of as many of `records` as fit."""
     frames: list[Frame] = []
+    n_chars = 0
     for record in records:
+        if n_chars >= MAX_PAGE_CHARS:
+            break
         cursor = Cursor(record.seq)
         if turn is None or record.fact.turn == turn:
             frames.append(frame_of(record, cursor))
+            n_chars += len(frames[-1].data)
         if ends(record, turn):
             return Page(tuple(frames), cursor, end=True)
     return Page(tuple(frames), cursor)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from actors.commands import answered
 from actors.desk import Route
-from actors.feed import page_of
+from actors.feed import MAX_STORED, page_of
 from actors.kit import Kit
 from actors.protocol import (
     Accepted,
@@ -42,7 +42,6 @@ from agent.trace import trajectory
 
 MAX_ROUTES = 4
 """Tries to reach a session that moves while it is called."""
-JOURNAL_PAGE = 256
 MAX_REMEMBERED = 10_000
 """Routes; the oldest are asked for again."""
 
@@ -186,7 +185,7 @@ class RoutedSessions(ABC):
     ) -> AsyncGenerator[Page]:
         """Pages from the journal, up to its head."""
         row = await self._journal.row(session_id)  # first: what it says is read below
-        while records := await self._journal.read(session_id, after=cursor.seq, limit=JOURNAL_PAGE):
+        while records := await self._journal.read(session_id, after=cursor.seq, limit=MAX_STORED):
             page = page_of(records, cursor, turn)
             cursor = page.cursor
             yield page

@@ -1,5 +1,7 @@
 """The router: names to tools, JSON to arguments, exceptions to results."""
 
+import asyncio
+import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,9 +20,13 @@ _MAX_ERROR_CHARS = 2000
 
 
 class ToolRouter:
-    """The tools whose names match one of the globs `allowed`, in the order they were given."""
+    """The tools whose names match one of the globs `allowed`, in the order they were given. A call
+    that takes longer than `max_tool_s` is cancelled."""
 
-    def __init__(self, tools: Iterable[Tool], allowed: tuple[str, ...]) -> None:
+    def __init__(
+        self, tools: Iterable[Tool], allowed: tuple[str, ...], *, max_tool_s: float = math.inf
+    ) -> None:
+        self._max_tool_s = max_tool_s
         self._tools: dict[str, Tool] = {}
         for tool in tools:
             if tool.name in self._tools:
@@ -55,15 +61,27 @@ class ToolRouter:
             parsed = found.Arguments.model_validate_json(arguments.strip() or "{}")
         except ValidationError as problem:
             return ToolResult(_explained(found, problem), "error")
+        limit = asyncio.timeout(self._max_tool_s)
         try:
-            result = await found.run(parsed, scope)
+            async with limit:
+                result = await found.run(parsed, scope)
         except Exception as cause:  # the contract: whatever a tool raises is this call's result
+            if limit.expired():
+                log.warning("tool_stopped", tool=tool, limit_s=self._max_tool_s)
+                return ToolResult(_stopped(self._max_tool_s), "error")
             log.warning("tool_raised", tool=tool, exc_info=True)
             said = str(cause).strip()[:_MAX_ERROR_CHARS]
             return ToolResult(
                 f"{type(cause).__name__}: {said}" if said else type(cause).__name__, "error"
             )
         return result._replace(text=_bounded(result.text))
+
+
+def _stopped(limit_s: float) -> str:
+    return (
+        f"Stopped after {limit_s:g} s, which is the limit for any call. What it did until then may "
+        "have had effects: look before you repeat it."
+    )
 
 
 def _explained(tool: Tool, problem: ValidationError) -> str:

@@ -177,6 +177,39 @@ async def test_a_sandbox_that_cannot_be_opened_is_an_error_result() -> None:
     assert (result.outcome, "No sandbox here." in result.text) == ("error", True)
 
 
+class Endless(Echo):
+    """Works until it is stopped, and says that it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped = asyncio.Event()
+
+    async def run(self, arguments: Any, scope: ToolScope) -> ToolResult:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.stopped.set()
+        raise AssertionError
+
+
+async def test_a_call_that_does_not_end_is_stopped_at_the_limit_of_any_call() -> None:
+    endless = Endless()
+    tools = ToolRouter([endless], ("*",), max_tool_s=0.05)
+    result = await tools.run("echo", '{"text": ""}', scope())
+    assert result.outcome == "error"
+    assert "0.05 s" in result.text
+    assert endless.stopped.is_set()
+
+
+async def test_a_tools_own_timeout_is_its_own_error() -> None:
+    def late(_text: str) -> str:
+        raise TimeoutError("the other side slept")
+
+    tools = ToolRouter([Echo(late)], ("*",), max_tool_s=5)
+    result = await tools.run("echo", '{"text": ""}', scope())
+    assert result == ToolResult("TimeoutError: the other side slept", "error")
+
+
 def test_two_tools_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="echo"):
         ToolRouter([Echo(), Echo()], ("*",))
