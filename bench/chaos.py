@@ -21,17 +21,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.clients import STUCK_S, Line, Stuck, Talk
-from bench.evidence import KINDS, Evidence, percentile
+from bench.clients import Line, Stuck, Talk
+from bench.evidence import KINDS, PATIENCE_S, Evidence, percentile
 from bench.processes import Process
 from bench.scripts import script
 from bench.support.postgres import Postgres
-from bench.world import HEAD, Victim, World, has
+from bench.world import HEAD, Victim, World, WorldFault, has
 
-QUIET_S = 240.0
-"""For the sessions to come to their ends after the last kill."""
-SETTLE_S = 60.0
-"""For slots and processes to be given back after the last session closed."""
+N_NODE_STARTS = 3
 TURNS_OF_ONE = 12
 """At most, of one session: then it is closed and its user opens another."""
 LOOK_EVERY_S = 5.0
@@ -179,7 +176,14 @@ class Monkey:
             await asyncio.to_thread(self._world.kill_node, number)
         self.survived[role] += 1
         await asyncio.sleep(2.0)
-        await asyncio.to_thread(self._world.start_node, number)
+        for n_left in reversed(range(N_NODE_STARTS)):
+            try:
+                await asyncio.to_thread(self._world.start_node, number)
+                break
+            except WorldFault:
+                if not n_left:
+                    raise
+                self._say(f"node {number} did not start, again")
         await asyncio.sleep(RARE_S)
 
     async def _postgres(self, pause_s: float) -> None:
@@ -220,7 +224,7 @@ class Run:
             await self.monkey.run(attacks(self._options.seed, self._options.period, roles), until)
             print("The kills are over; sessions come to their ends.", flush=True)
             self._is_over.set()
-            _, late = await asyncio.wait(users, timeout=QUIET_S)
+            _, late = await asyncio.wait(users, timeout=3 * self.evidence.patience_s)
             looking.cancel()
             for user in late:
                 self.evidence.violated("stuck turn", "-", f"{user.get_name()} did not end")
@@ -297,7 +301,7 @@ class Run:
             since = before.get(talk.session_id, ("", 0.0))
             at = since[1] if since[0] == name else time.monotonic()
             wrong[talk.session_id] = (name, at)
-            if time.monotonic() - max(at, talk.ear.heard_at) > STUCK_S:
+            if time.monotonic() - max(at, talk.ear.heard_at) > self.evidence.patience_s:
                 told.add(talk.session_id)
                 facts = talk.ear.facts[-20:]
                 self.evidence.violated("stuck turn", talk.session_id, name, facts=facts)
@@ -323,7 +327,7 @@ class Run:
         await self._expect_live(0, "all are deleted")
 
     async def _expect_live(self, n: int, why: str) -> None:
-        give_up_at = time.monotonic() + SETTLE_S
+        give_up_at = time.monotonic() + self.evidence.patience_s
         while (capacity := await self._line.got("/v1/capacity"))["live"] != n:
             if time.monotonic() > give_up_at:
                 self.evidence.violated("slots", "-", f"{capacity['live']} live, but {why}")
@@ -350,7 +354,7 @@ class Run:
 
     async def _check_processes(self) -> None:
         """Every session is closed or deleted, so no sandbox may be there."""
-        give_up_at = time.monotonic() + SETTLE_S
+        give_up_at = time.monotonic() + self.evidence.patience_s
         while left := self._sandboxed():
             if time.monotonic() > give_up_at:
                 for process in left:
@@ -376,6 +380,12 @@ def options_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, default=40, help="users, each with one at a time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--period", type=float, default=5.0, help="seconds between two attacks")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE_S,
+        help="seconds without an event after which a turn is stuck; more for busy machines",
+    )
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--journal", choices=["sqlite", "postgres"], default="postgres")
     parser.add_argument(
@@ -404,7 +414,7 @@ def settings_for(n_sessions: int) -> dict[str, dict[str, Any]]:
 
 async def ran(options: argparse.Namespace, directory: Path) -> Evidence:
     """A whole run, and its table."""
-    evidence = Evidence(directory / "evidence")
+    evidence = Evidence(directory / "evidence", patience_s=options.patience)
     with ExitStack() as ends:
         database = None
         if options.journal == "postgres":

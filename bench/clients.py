@@ -18,10 +18,6 @@ from bench.evidence import Evidence
 from bench.scripts import Script, cat_marks, draw, poison
 from serve_app.sse_client import Event, Lines, Lost
 
-ACK_S = 180.0
-"""For a command to be taken up, over any number of tries."""
-STUCK_S = 90.0
-"""Without any event in an open turn: a node's death takes Ray half a minute to notice."""
 IDLE_LIMIT_S = 45.0
 """Heartbeats come every 15 s."""
 DELTAS = {"text_delta", "tool_output_delta"}
@@ -48,14 +44,13 @@ class Line:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
-    async def asked(
-        self, method: str, path: str, limit_s: float = ACK_S, **options: Any
-    ) -> httpx.Response:
+    async def asked(self, method: str, path: str, **options: Any) -> httpx.Response:
         """The first answer that is no `try again`.
 
         Raises:
             Stuck
         """
+        limit_s = 2 * self._evidence.patience_s
         give_up_at = time.monotonic() + limit_s
         pause_s = 0.1
         while True:
@@ -247,7 +242,7 @@ class Ear:
         """
         asked_at = time.monotonic()
         while turn not in self.ends:
-            left_s = max(asked_at, self.heard_at) + STUCK_S - time.monotonic()
+            left_s = max(asked_at, self.heard_at) + self._evidence.patience_s - time.monotonic()
             news = self._news
             try:
                 async with asyncio.timeout(left_s):
@@ -259,14 +254,14 @@ class Ear:
     async def _is_stuck(self, turn: int) -> None:
         view = await self._line.got(f"/v1/sessions/{self.session_id}")
         stored = await self.journal()
-        what = f"turn {turn}: no event for {STUCK_S:.0f} s, the session is {view['status']}"
+        what = f"turn {turn}: no event for {self._evidence.patience_s:.0f} s, the session is {view['status']}"
         self._violated("stuck turn", what, view=view, journal=stored[-KEPT_FACTS:])
         raise Stuck
 
     async def journal(self) -> list[dict[str, Any]]:
         """The session's facts as they are stored, read from the beginning."""
         path = f"/v1/sessions/{self.session_id}/events"
-        give_up_at = time.monotonic() + ACK_S
+        give_up_at = time.monotonic() + 2 * self._evidence.patience_s
         facts: list[dict[str, Any]] = []
         cursor = "0.0.0"
         while time.monotonic() < give_up_at:
@@ -508,7 +503,7 @@ class Talk:
 
     async def close(self, ear: Ear) -> None:
         await self.command("close")
-        give_up_at = time.monotonic() + STUCK_S
+        give_up_at = time.monotonic() + self._evidence.patience_s
         while not ear.is_closed:
             if time.monotonic() > give_up_at:
                 self._violated("fact lost", "session_closed was not heard", facts=ear.facts)

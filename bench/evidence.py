@@ -15,6 +15,10 @@ MAX_FILES = 50
 """Of evidence: more say nothing new."""
 
 
+PATIENCE_S = 90.0
+"""Ray notices the death of a node after up to half a minute, and a process needs seconds to start."""
+
+
 class Violation(NamedTuple):
     kind: str
     """One of KINDS."""
@@ -25,8 +29,10 @@ class Violation(NamedTuple):
 class Evidence:
     """Filled by everybody in a run, on one loop."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, patience_s: float = PATIENCE_S) -> None:
         self.directory = directory
+        self.patience_s = patience_s
+        """Without any event in an open turn; twice of it for a command to be taken up."""
         self.violations: list[Violation] = []
         self.turns: Counter[str] = Counter()
         """Ended ones, by reason."""
