@@ -29,8 +29,6 @@ log = structlog.get_logger()
 PREFIX = "node-"
 MAX_CALLS = 10_000
 """At once: a stalled journal lets one wait for every session of the node."""
-MAX_CONNECTIONS = 8
-"""Of a node to a journal that is a server. A bound, whatever the sessions are; they close when idle."""
 CLOSE_WAIT_S = 5.0
 
 
@@ -47,7 +45,6 @@ class NodeActor:
             agent.journal_url,
             agent.storage_dir,
             timeout_s=agent.journal_timeout_s,
-            max_connections=MAX_CONNECTIONS,
             check=False,
         )
         self._reaping = spawn(self._reap(reap_s), name="reaper")
