@@ -1,6 +1,7 @@
 """`RaySessions`: floor 2 as the edge sees it on a cluster; and the manager's beginning and end."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, suppress
 from typing import Any
@@ -24,14 +25,18 @@ from actors.protocol import (
     Sessions,
     Unavailable,
 )
+from actors.rayhost import PREFIX
 from actors.remote import NAMESPACE, answer, items
 from actors.routed import RoutedSessions
-from actors.session import MANAGER, kit_of
+from actors.session import MANAGER, kit_of, session_actor
 from actors.settings import ActorsSettings
 from agent.events import Cursor, Page
 from agent.journal import SessionRow
 from agent.settings import AgentSettings
 
+LOOK_AGAIN_S = 0.2
+"""Between two looks of a roll."""
+LOOK_LIMIT_S = 10.0
 ANSWER_WAIT_S = 5.0
 """Over the manager's own limit for a drain."""
 
@@ -157,6 +162,82 @@ async def start_manager(agent: AgentSettings, actors: ActorsSettings) -> None:
     """
     lost = Unavailable("The session manager did not start.")
     await answer(session_manager(agent, actors).ready.remote(), lost, actors.call_timeout_s)
+
+
+async def prove_sessions(agent: AgentSettings, actors: ActorsSettings) -> None:
+    """Start one session actor from this process's code and settings, and end it again. One that is left
+    behind hosts nothing, and the next manager ends it.
+
+    Raises:
+        Unavailable: that code does not start here.
+    """
+    lost = Unavailable("A session's process does not start from this code. Ray's logs say why.")
+    actor = session_actor(f"{PREFIX}proof-{uuid.uuid4().hex[:12]}", agent, actors)
+    try:
+        await answer(actor.ready.remote(), lost, actors.call_timeout_s)
+    finally:
+        ray.kill(actor)
+
+
+async def replace_manager(agent: AgentSettings, actors: ActorsSettings) -> None:
+    """End the manager and have a new one running when this returns, with this process's code and
+    settings. Sessions go on meanwhile; who asks for one that does not live is told to come back.
+
+    Raises:
+        Unavailable: it did not start, or another took the name.
+    """
+    with suppress(ValueError):  # there is none
+        ray.kill(ray.get_actor(MANAGER, namespace=NAMESPACE))
+    lost = Unavailable("The new session manager did not start.")
+    try:
+        async with asyncio.timeout(actors.call_timeout_s):
+            manager = await _new_manager(agent, actors)
+    except TimeoutError as cause:
+        raise lost from cause
+    await answer(manager.ready.remote(), lost, actors.call_timeout_s)
+
+
+async def _new_manager(agent: AgentSettings, actors: ActorsSettings) -> Any:
+    """Once the name is free: nothing tells when Ray has forgotten the one before."""
+    while True:
+        try:
+            return await asyncio.to_thread(session_manager, agent, actors, replace=True)
+        except ValueError:
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+
+async def rolled(actors: ActorsSettings) -> AsyncGenerator[int]:
+    """How many sessions still live on older code, now and whenever that changed. Ends at none.
+
+    Raises:
+        Unavailable: nothing changed for longer than a session takes to leave.
+    """
+    limit_s = actors.drain_s + actors.close_wait_s + actors.call_timeout_s + actors.sweep_s
+    n_left = -1
+    while n_left != 0:
+        try:
+            async with asyncio.timeout(limit_s):
+                n_left = await _other_than(n_left)
+        except TimeoutError as cause:
+            left = "Nobody knows how many" if n_left < 0 else str(n_left)
+            raise Unavailable(
+                f"{left} sessions still live on older code; a manager that lives goes on trying."
+            ) from cause
+        yield n_left
+
+
+async def _other_than(n_left: int) -> int:
+    """The number of outdated sessions, once it is another one. Nothing tells of that."""
+    lost = Unavailable("The session manager does not answer.")
+    while True:
+        try:
+            manager = await asyncio.to_thread(ray.get_actor, MANAGER, namespace=NAMESPACE)
+            n_outdated = (await answer(manager.rolled.remote(), lost, LOOK_LIMIT_S)).n_outdated
+        except (Unavailable, ValueError):
+            n_outdated = n_left  # it is being restarted
+        if n_outdated != n_left:
+            return n_outdated
+        await asyncio.sleep(LOOK_AGAIN_S)
 
 
 def start_gateway(agent: AgentSettings, default_model: str) -> None:

@@ -5,8 +5,9 @@ must go on when a caller leaves runs in the desk's own tasks.
 """
 
 import asyncio
+import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import structlog
@@ -42,10 +43,25 @@ OPEN_AGAIN_S = 2.0
 """Between two tries to open a journal whose server is away."""
 
 
+class Rolled(NamedTuple):
+    """How far a roll has come."""
+
+    generation: str
+    n_outdated: int
+    """Sessions that still live on an older one."""
+
+
 class SessionManager:
-    async def __init__(self, agent: AgentSettings, actors: ActorsSettings) -> None:
+    """
+    Args:
+        generation: names the version of the code and the settings that new session actors get. Older
+            ones that this manager finds are replaced one by one.
+    """
+
+    async def __init__(self, agent: AgentSettings, actors: ActorsSettings, generation: str) -> None:
         logs.configure()
-        self._hosts = RayHosts(agent, actors, died=self._host_died)
+        self._generation = generation
+        self._hosts = RayHosts(agent, actors, generation, died=self._host_died)
         self._nodes = Nodes(agent, actors)
         self._nodes.begin()
         # Not here: Ray does not restart an actor whose constructor failed, and the journal may be away.
@@ -93,7 +109,13 @@ class SessionManager:
             current = [s for s in sessions if s.epoch == newest[s.session_id]]
             for session in current:
                 route = Route(host.name, session.epoch)
-                desk.take_over(host, route, session.session_id, session.user_id)
+                desk.take_over(
+                    host,
+                    route,
+                    session.session_id,
+                    session.user_id,
+                    user_token=session.user_token,
+                )
                 change: Change = "busy" if session.is_busy else "rested"
                 desk.note(Report(session.session_id, session.epoch, session.n_reports, change))
             if not current:
@@ -137,6 +159,9 @@ class SessionManager:
         if self._beginning.done():
             self._beginning.result().note(report)
 
+    async def rolled(self) -> Rolled:
+        return Rolled(self._generation, len((await self._desk()).outdated()))
+
     async def drain(self) -> None:
         """Bring every session to rest, then end every session actor."""
         await (await self._desk()).drain()
@@ -157,9 +182,13 @@ _SessionManager = _remote(num_cpus=0, max_restarts=-1, max_concurrency=MAX_CONCU
 )
 
 
-def session_manager(agent: AgentSettings, actors: ActorsSettings) -> Any:
-    """The manager of this cluster: the one that runs, else a new one."""
+def session_manager(agent: AgentSettings, actors: ActorsSettings, *, replace: bool = False) -> Any:
+    """The manager of this cluster: the one that runs, else a new one.
+
+    Raises:
+        ValueError: `replace`, and there still is one.
+    """
     placed = _SessionManager.options(
-        name=MANAGER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        name=MANAGER, namespace=NAMESPACE, lifetime="detached", get_if_exists=not replace
     )
-    return placed.remote(agent, actors)
+    return placed.remote(agent, actors, uuid.uuid4().hex[:8])

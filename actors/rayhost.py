@@ -39,10 +39,11 @@ MAX_STARTING = 4
 class RayHost:
     """A session actor as the desk sees it. Implements `actors.desk.Host`."""
 
-    def __init__(self, name: str, handle: Any, actors: ActorsSettings) -> None:
+    def __init__(self, name: str, handle: Any, actors: ActorsSettings, *, current: bool) -> None:
         self.name = name
         self.handle = handle
         self.alive = True
+        self.current = current
         self.started = False
         self.n_uses = 0
         self._timeout_s = actors.call_timeout_s
@@ -94,13 +95,23 @@ class RayHost:
 
 
 class RayHosts:
-    """Implements `actors.desk.Hosts`. `died` is called once for every actor that ends unasked."""
+    """Implements `actors.desk.Hosts`.
+
+    Args:
+        generation: of the code that new actors run; it is in their names, without a dash.
+        died: called once for every actor that ends unasked.
+    """
 
     def __init__(
-        self, agent: AgentSettings, actors: ActorsSettings, died: Callable[[str], None]
+        self,
+        agent: AgentSettings,
+        actors: ActorsSettings,
+        generation: str,
+        died: Callable[[str], None],
     ) -> None:
         self._agent = agent
         self._actors = actors
+        self._prefix = f"{PREFIX}{generation}-"
         self._died = died
         self._warm: deque[RayHost] = deque()
         self._starting = asyncio.Semaphore(MAX_STARTING)
@@ -133,7 +144,7 @@ class RayHosts:
             self._refill = None
 
     async def _start(self) -> RayHost:
-        name = f"{PREFIX}{uuid.uuid4().hex[:12]}"
+        name = f"{self._prefix}{uuid.uuid4().hex[:12]}"
         async with self._starting:
             host = self._known(name, session_actor(name, self._agent, self._actors))
             try:
@@ -144,7 +155,7 @@ class RayHosts:
         return host
 
     def _known(self, name: str, handle: Any) -> RayHost:
-        host = RayHost(name, handle, self._actors)
+        host = RayHost(name, handle, self._actors, current=name.startswith(self._prefix))
         self._all[name] = host
         self._tasks.start(self._watch(host), name=f"watch {name}")
         return host
@@ -167,7 +178,7 @@ class RayHosts:
         known = self._all.get(host.name)
         if known is None:
             return
-        fresh = clean and known.n_uses < self._actors.max_uses
+        fresh = clean and known.current and known.n_uses < self._actors.max_uses
         if fresh and len(self._warm) < max(1, self._actors.warm_actors) and not self._closing:
             self._warm.append(known)
         else:

@@ -1,6 +1,6 @@
 """`troupe`: start, stop, look at and talk to a house of sessions.
 
-Only `up` and `demo` load Ray, and late: the other commands speak HTTP and answer at once.
+Only `up`, `demo` and `roll` load Ray, and late: the other commands speak HTTP and answer at once.
 """
 
 import os
@@ -29,6 +29,7 @@ from serve_app.cli_models import SCRIPTED, choose
 from serve_app.cli_run import Run, RunFile
 from serve_app.cli_show import age, quoted, refusal
 from serve_app.cluster import Cluster, Running
+from serve_app.cluster import roll as roll_on
 from serve_app.settings import ServeSettings, TroupeSettings, load_settings, with_absolute_paths
 from serve_app.sse_client import Lost, Problem
 
@@ -154,6 +155,44 @@ def down(config: ConfigOption = None) -> None:
             console.print(f"[red]Process {run.pid} has not ended after {limit_s:.0f} s.[/]")
             raise typer.Exit(1)
         console.print("Stopped.")
+
+
+@app.command()
+def roll(
+    dev: Annotated[bool | None, typer.Option("--dev", help="As given to `up`.")] = None,
+    model: Annotated[str | None, typer.Option(help="Any litellm name; else as before.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Have this installation's code take over the running house, session by session."""
+    with faults_are_sentences(), stopping_on_signals():
+        run = (
+            None
+            if "RAY_ADDRESS" in os.environ
+            else _running(RunFile(_settings(config).agent.storage_dir))
+        )
+        if run is not None:
+            os.environ.update(_way_to(run))
+            dev, model = dev or run.auth == "dev" or None, model or run.model
+        settings = _settings(config, dev=dev)
+        choice = choose(model, settings.agent.default_model, os.environ)
+        settings = _with_model(settings, choice.model)
+        try:
+            roll_on(settings, lambda line: console.print(escape(line)))
+        except KeyboardInterrupt:
+            console.print("Interrupted. The house runs on; `troupe roll` goes on with it.")
+            raise typer.Exit(130) from None
+        console.print("Everything runs the new code.")
+
+
+def _way_to(run: Run) -> dict[str, str]:
+    """What Ray needs in the environment to join the cluster of a house."""
+    if run.ray_address is None:
+        console.print(f"It is still starting (pid {run.pid}).")
+        raise typer.Exit(1)
+    way = {"RAY_ADDRESS": run.ray_address}
+    if run.ray_auth_token is not None:
+        way |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": run.ray_auth_token}
+    return way
 
 
 @app.command()

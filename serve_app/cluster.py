@@ -13,12 +13,15 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import MutableMapping
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import ExitStack, aclosing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.faults import Fault
 from agent.journals import open_journal
+from agent.snapshots import check_filesystem
 from agent.vault import Vault
 from serve_app.settings import TroupeSettings, with_absolute_paths
 
@@ -53,9 +56,11 @@ class Cluster:
 
         Raises:
             CannotStart: the port is taken, or no Ray could be had; says which.
-            SettingsInvalid: also when the key of `agent.secrets` is not to be had.
+            SettingsInvalid: also when the key of `agent.secrets` or the driver of `agent.storage` is not
+                to be had.
         """
         Vault.of(self._settings.agent.secrets)  # said here in a line, and not in the manager's log
+        check_filesystem(self._settings.agent.storage)  # the same
         port = free_port(self._settings.serve.host, self._settings.serve.port)
         settings = with_absolute_paths(with_port(self._settings, port))
         with ExitStack() as ends:
@@ -103,11 +108,63 @@ class Cluster:
         asyncio.run(actors.client.drain(settings.actors))
 
     def stop(self) -> None:
-        """Sessions come to rest, then actors end, then Serve, then Ray if it is ours.
+        """Sessions come to rest, then actors end, then Serve, then Ray if it is ours. The sessions take
+        at most `drain_s`, `close_wait_s` and a constant; what has not left then ends with its process.
 
         Every step is tried, also after one that failed; Ctrl-C skips to the next.
         """
         self._ends.close()
+
+
+def roll(settings: TroupeSettings, say: Callable[[str], None]) -> None:
+    """Have this process's code and settings take over a running house, which `RAY_ADDRESS` names.
+    Blocks until every session that lives is on it. Whoever is killed in the middle may begin again.
+
+    Raises:
+        CannotStart: the cluster cannot be reached.
+        Unavailable: says how far it came; when the code does not start, nothing was changed.
+    """
+    prepare_environment(os.environ)
+    # After the environment and late, as in `Cluster`.
+    import ray
+    from ray import serve
+
+    import actors.client
+    import serve_app.deployment
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    before = signal.getsignal(signal.SIGTERM)
+    _join_or_start(ray, code_environment(os.environ))
+    signal.signal(signal.SIGTERM, before)
+    with ExitStack() as ends:
+        ends.callback(_quietly, ray.shutdown)
+        if not serve.status().applications:
+            raise CannotStart("No house runs on this cluster: `troupe up` starts one.")
+        asyncio.run(actors.client.prove_sessions(settings.agent, settings.actors))
+        say("A session's process starts from this code.")
+        serve_app.deployment.deploy(settings)
+        say("The model gateway and the edge run it.")
+        asyncio.run(actors.client.replace_manager(settings.agent, settings.actors))
+        say("The manager runs it.")
+        asyncio.run(_say_how_far(settings, say))
+
+
+async def _say_how_far(settings: TroupeSettings, say: Callable[[str], None]) -> None:
+    import actors.client  # loaded by `roll`
+
+    async with aclosing(actors.client.rolled(settings.actors)) as counts:
+        async for n_left in counts:
+            say(f"Sessions that still live on older code: {n_left}")
+
+
+def code_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Has the processes of a job import what this one does, on every node where the same paths hold it.
+    A job's actors start from it as long as they live, also after the job's driver ended."""
+    paths = [str(Path(__file__).parents[1]), environ.get("PYTHONPATH", "")]
+    return {
+        "py_executable": sys.executable,
+        "env_vars": {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+    }
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
@@ -126,10 +183,11 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _join_or_start(ray: Any) -> Any:
+def _join_or_start(ray: Any, runtime_env: dict[str, Any] | None = None) -> Any:
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
+        "runtime_env": runtime_env,
     }
     if "RAY_ADDRESS" not in os.environ:
         options |= {
@@ -145,15 +203,20 @@ def _join_or_start(ray: Any) -> Any:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     try:
-        return ray.init(**options)
+        # A driver's working directory comes first where its workers look for modules (2.60): one that
+        # holds Troupe's packages would shadow those of a later roll.
+        with contextlib.chdir("/"):
+            return ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as cause:
         what = os.environ.get("RAY_ADDRESS", "a local Ray")
         raise CannotStart(f"Ray: {what} could not be reached or started.") from cause
 
 
 def _settle_journal(settings: TroupeSettings) -> None:
-    """Leave the journal in one file. The processes that wrote it were killed, as is their way of
-    ending; the last connection that closes in good order folds the -wal in."""
+    """Leave the embedded journal in one file. The processes that wrote it were killed, as is their
+    way of ending; the last connection that closes in good order folds the -wal in."""
+    if not settings.agent.journal_url.startswith("sqlite:"):
+        return
 
     async def opened_and_closed() -> None:
         journal = await open_journal(settings.agent.journal_url, settings.agent.storage_dir)
