@@ -18,6 +18,7 @@ import structlog
 from actors.commands import Repeated, answered, fact_of
 from actors.detached import Detached
 from actors.feed import Feed, page_of
+from actors.keeping import Keeping
 from actors.kit import Kit
 from actors.protocol import (
     Accepted,
@@ -88,6 +89,7 @@ class Activation:
         self.tools: Tools
         self.context: Context
         self.feed: Feed
+        self.keeping: Keeping
         self.user_token: str | None = None
         self._tasks = Detached()
         self._commits = asyncio.Lock()
@@ -126,8 +128,10 @@ class Activation:
             raise Moved("The session is closed.")
         self.context.epoch = epoch
         self.feed = Feed(epoch, self.context.head, ring_events=kit.actors.ring_events)
+        self.keeping = Keeping(kit, self.context, self._tasks, self.commit)
         self._log = self._log.bind(epoch=epoch)
-        lost = [SandboxClosed(reason="lost")] if self.context.sandbox_open else []
+        was_open = self.context.sandbox_open
+        lost = [SandboxClosed(reason="lost", unsaved=True)] if was_open else []
         activated = Activated(epoch=epoch, reason=self._why(epoch))
         await self.commit(*lost, activated, *self._given_up(activated))
         return self
@@ -199,7 +203,8 @@ class Activation:
         """A lost incarnation ends what it runs at once: another one may be at the same work."""
         try:
             await self._stop_turn()
-            await self._close_sandbox("lost")
+            await self.keeping.stop()
+            await self._close_sandbox()
         except Unavailable:
             self._log.warning("lost_activation_does_not_stop")
         finally:
@@ -300,6 +305,8 @@ class Activation:
             self._turn_task = None
         if not self._leaving:
             self._report("rested")
+            if self._sandbox is not None:
+                self.keeping.save_soon()
             self._kick()
 
     async def _abandon(self) -> None:
@@ -351,6 +358,7 @@ class Activation:
     async def _open_sandbox(self) -> Sandbox:
         began_s = self.now_s()
         workspace = self._kit.workspace(self.session_id)
+        restored = await self.keeping.restore()
         sandbox = await self._kit.open_sandbox(
             self.context.spec.sandbox,
             workspace,
@@ -361,7 +369,8 @@ class Activation:
         async with AsyncExitStack() as unless_told:
             unless_told.push_async_callback(sandbox.close)
             turn = self.context.open_turns[0] if self.context.open_turns else 0
-            await self.commit(SandboxOpened(turn=turn, kind=sandbox.kind, latency_ms=latency_ms))
+            opened = SandboxOpened(turn=turn, kind=sandbox.kind, latency_ms=latency_ms)
+            await self.commit(*restored, opened)
             unless_told.pop_all()
         return sandbox
 
@@ -397,23 +406,28 @@ class Activation:
         return True
 
     async def _leave(self, *last: Fact) -> None:
-        """Close the sandbox, commit the last facts, send the readers away."""
-        closed = await self._close_sandbox(last[-1].model_dump()["reason"])
+        """Close the sandbox, save the workspace, commit the last facts, send the readers away."""
+        closed: list[Fact] = []
+        if await self._close_sandbox():
+            is_saved = await self.keeping.save_last(self._kit.actors.close_wait_s)
+            reason = last[-1].model_dump()["reason"]
+            closed = [SandboxClosed(reason=reason, unsaved=not is_saved)]
         try:
             await self.commit(*closed, *last)
         finally:
             self.feed.close()
 
-    async def _close_sandbox(self, reason: str) -> list[Fact]:
+    async def _close_sandbox(self) -> bool:
+        """Whether one was open."""
         opening, self._sandbox = self._sandbox, None
         if opening is None:
-            return []
+            return False
         await self._in_time({opening})
         if opening.cancelled() or opening.exception():
-            return []
+            return False
         closing = self._tasks.start(opening.result().close(), name="close sandbox")
         await self._in_time({closing})
-        return [SandboxClosed(reason=reason)] if self.context.sandbox_open else []
+        return self.context.sandbox_open
 
     async def _stop_turn(self) -> None:
         """End the turn task where it is: an open turn stays open in the journal."""
@@ -475,7 +489,7 @@ class Activation:
         self._deleted = deleted
         try:
             await self._stop_turn()
-            await self._close_sandbox("ended")
+            await self._close_sandbox()
         finally:
             self.feed.close()
             await self._tasks.close(self._kit.actors.close_wait_s)

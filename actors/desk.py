@@ -38,7 +38,7 @@ from actors.recovery import Recovery
 from actors.rolling import roll
 from actors.tokens import Tokens
 from agent.events import Fact, PassivationReason, SessionOpened
-from agent.faults import Fault, JournalFault, NoSuchSession, SessionExists
+from agent.faults import Fault, JournalFault, NoSuchSession, SessionExists, SnapshotFailed
 from agent.journal import SessionRow
 from agent.spec import AgentSpec
 from agent.vault import Vault
@@ -422,6 +422,14 @@ class Desk:
 
         async def work() -> None:
             await self._leave(session_id, deleted=True)
+            try:
+                await self._kit.forget_snapshots(session_id)
+            except SnapshotFailed as cause:
+                # First of all: with the session gone, nobody could ask for it again.
+                raise Unavailable(
+                    "The copies of the session's workspace cannot be removed at the moment.",
+                    retry_after_s=RETRY_AFTER_S,
+                ) from cause
             try:
                 await self._kit.journal.delete(session_id)
             except NoSuchSession:

@@ -14,6 +14,7 @@ from agent.model.contract import Model
 from agent.sandbox.contract import Sandbox
 from agent.sandbox.local import open_sandbox
 from agent.settings import AgentSettings, ToolSettings
+from agent.snapshots import Snapshots
 from agent.spec import AgentSpec, SandboxSpec
 from agent.tools.contract import Tool, Tools
 from agent.tools.router import ToolRouter
@@ -32,6 +33,7 @@ class Kit:
     model: Model
     agent: AgentSettings
     actors: ActorsSettings
+    snapshots: Snapshots | None = None
     open_sandbox: OpenSandbox = open_sandbox
     make_tools: Callable[[ToolSettings], Sequence[Tool]] = standard_tools
     now_s: Callable[[], float] = time.monotonic
@@ -46,6 +48,14 @@ class Kit:
 
     def trajectory_path(self, session_id: str) -> Path:
         return self.agent.storage_dir / "trajectories" / f"{session_id}.json"
+
+    async def forget_snapshots(self, session_id: str) -> None:
+        """
+        Raises:
+            SnapshotFailed
+        """
+        if self.snapshots is not None:
+            await self.snapshots.forget(session_id, self.workspace(session_id))
 
     def remove_files(self, session_id: str) -> None:
         """Delete a session's workspace and trajectory. Blocking. Absent files are fine."""

@@ -21,6 +21,7 @@ from agent.events import Cursor, Page, PassivationReason
 from agent.journal import Journal
 from agent.journals import POSTGRES, open_journal
 from agent.settings import AgentSettings
+from agent.snapshots import Snapshots
 
 MANAGER = "manager"
 MAX_CONCURRENCY = 10_000
@@ -44,7 +45,13 @@ async def _sessions_kit(agent: AgentSettings, actors: ActorsSettings) -> Kit:
 
 
 def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings) -> Kit:
-    return Kit(journal=journal, model=GatewayModel(), agent=agent, actors=actors)
+    return Kit(
+        journal=journal,
+        model=GatewayModel(),
+        agent=agent,
+        actors=actors,
+        snapshots=Snapshots(agent.storage, agent.storage_dir),
+    )
 
 
 class SessionActor:

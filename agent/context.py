@@ -49,6 +49,7 @@ from agent.events import (
     WorkspaceRestored,
 )
 from agent.faults import ContextOverflow, ModelLost
+from agent.held import Held
 from agent.owed import (
     CallModel,
     Compact,
@@ -103,7 +104,8 @@ UNKNOWN = (
 
 NEW_SHELL = (
     "[This is a new shell: the working directory, variables and background processes of the one"
-    " before are gone. Files of the workspace are there.]"
+    " before are gone. Files of the workspace are there, unless a note before this one says"
+    " what is lost.]"
 )
 
 
@@ -142,7 +144,7 @@ class Context:
         self._n_lost = 0
         """Model calls in a row that were lost on the way."""
         self._tokens = 0
-        self._had_sandbox = False
+        self.held = Held()
         self.recovered_at: list[datetime] = []
         """When the running turn's process was found dead."""
 
@@ -162,6 +164,7 @@ class Context:
                 self.queue.append(Opening(record.seq, fact))
             else:
                 self._fold_one(record)
+            self.held = self.held.after(fact)
             if self.turn is None and self.queue:
                 self._begin(self.queue.popleft())
 
@@ -215,9 +218,8 @@ class Context:
                 self._tokens = self._estimate()
             case SandboxOpened(turn=turn):
                 self.sandbox_open = True
-                if self._had_sandbox:
+                if self.held.was_used:
                     self.view.append(UserEntry(record.seq, turn, NEW_SHELL, seed=True))
-                self._had_sandbox = True
             case WorkspaceRestored(turn=turn, detail=str(detail)):
                 self.view.append(UserEntry(record.seq, turn, f"[{detail}]", seed=True))
             case SandboxClosed():
