@@ -60,7 +60,7 @@ class Line:
             except httpx.TransportError:
                 self._evidence.refusals["lost"] += 1
             else:
-                if answer.status_code not in TRY_AGAIN:
+                if not is_to_be_repeated(answer):
                     return answer
                 said = answer.text[:500]
                 self._evidence.refusals[f"{answer.status_code} {code_of(answer)}"] += 1
@@ -97,6 +97,12 @@ class Line:
             if response.status_code != 200:
                 await response.aread()
             yield response
+
+
+def is_to_be_repeated(answer: httpx.Response) -> bool:
+    # A proxy that has just started knows no routes yet and finds nothing (Serve 2.60), in plain text.
+    lost = answer.status_code == 404 and code_of(answer) == "plain"
+    return lost or answer.status_code in TRY_AGAIN
 
 
 def code_of(answer: httpx.Response) -> str:
@@ -165,7 +171,7 @@ class Ear:
                     return
 
     def _refused(self, response: httpx.Response) -> None:
-        if response.status_code in TRY_AGAIN:
+        if is_to_be_repeated(response):
             self._evidence.refusals[f"{response.status_code} {code_of(response)}"] += 1
             return
         # 422: the cursor is ahead of the session: facts that were told of are gone.
