@@ -25,6 +25,10 @@ IDLE_LIMIT_S = 45.0
 """The server sends at least a heartbeat every 15 s; three missed ones are a dead connection."""
 
 
+NO_ROUTES = "/-/routes for available routes"
+"""In the 404 of a proxy of Ray Serve that was started again and knows no routes yet (2.60)."""
+
+
 class Problem(Exception):
     """An `application/problem+json` answer, or what stands for one when the body is something else."""
 
@@ -44,6 +48,8 @@ class Problem(Exception):
             body = None
         if not isinstance(body, dict):
             body = {}
+        if response.status_code == 404 and NO_ROUTES in response.text:
+            return cls(503, "unavailable", "The proxy has just started.", None)
         return cls(
             response.status_code,
             str(body.get("code", f"http_{response.status_code}")),

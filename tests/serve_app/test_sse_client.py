@@ -193,6 +193,14 @@ def test_a_busy_server_is_asked_again_when_it_says() -> None:
     assert pauses == [2.5]
 
 
+def test_a_proxy_without_routes_is_asked_again() -> None:
+    said = "Path '/e' not found. Ping http://.../-/routes for available routes."
+    pauses = Pauses()
+    with serving(Reply(said, 404), Reply(ENDED)) as (http, _):
+        assert len(list(EventReader(http, "/e", pause=pauses).events(turn=1))) == 1
+    assert pauses == [0.1]
+
+
 def test_patience_ends_when_nothing_is_heard() -> None:
     busy = Reply(problem("unavailable"), 503)
     pauses = Pauses()
