@@ -1,14 +1,12 @@
 """`RaySessions`: floor 2 as the edge sees it on a cluster; and the manager's beginning and end."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, suppress
 from typing import Any
 
 import ray
 from ray import serve
-from ray.util import list_named_actors
 
 from actors.desk import DRAIN_MARGIN_S, Route
 from actors.gateway import APP as GATEWAY_APP
@@ -25,10 +23,9 @@ from actors.protocol import (
     Sessions,
     Unavailable,
 )
-from actors.rayhost import PREFIX
-from actors.remote import NAMESPACE, answer, items
+from actors.remote import NAMESPACE, answer, items, names
 from actors.routed import RoutedSessions
-from actors.session import MANAGER, kit_of, session_actor
+from actors.session import MANAGER, kit_of, named, session_actor
 from actors.settings import ActorsSettings
 from agent.events import Cursor, Page
 from agent.journal import SessionRow
@@ -172,7 +169,7 @@ async def prove_sessions(agent: AgentSettings, actors: ActorsSettings) -> None:
         Unavailable: that code does not start here.
     """
     lost = Unavailable("A session's process does not start from this code. Ray's logs say why.")
-    actor = session_actor(f"{PREFIX}proof-{uuid.uuid4().hex[:12]}", agent, actors)
+    actor = session_actor(named("proof"), agent, actors)
     try:
         await answer(actor.ready.remote(), lost, actors.call_timeout_s)
     finally:
@@ -270,8 +267,6 @@ async def drain(actors: ActorsSettings) -> None:
 
 
 def _end_actors() -> None:
-    everyone: Any = list_named_actors(all_namespaces=True)
-    for named in everyone:
-        if named["namespace"] == NAMESPACE:
-            with suppress(ValueError):  # it ended since the list was made
-                ray.kill(ray.get_actor(named["name"], namespace=NAMESPACE))
+    for name in names():
+        with suppress(ValueError):  # it ended since the list was made
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))

@@ -62,7 +62,7 @@ class SessionManager:
         logs.configure()
         self._generation = generation
         self._hosts = RayHosts(agent, actors, generation, died=self._host_died)
-        self._nodes = Nodes(agent, actors)
+        self._nodes = Nodes(agent, actors, generation, self._is_rolled)
         self._nodes.begin()
         # Not here: Ray does not restart an actor whose constructor failed, and the journal may be away.
         self._beginning = spawn(self._begin(agent, actors), name="begin")
@@ -81,6 +81,9 @@ class SessionManager:
         desk.begin()
         self._hosts.keep_warm()
         return desk
+
+    def _is_rolled(self) -> bool:
+        return self._beginning.done() and not self._beginning.result().outdated()
 
     @staticmethod
     async def _kit(agent: AgentSettings, actors: ActorsSettings) -> Kit:

@@ -8,7 +8,7 @@ first starts it; the manager looks again and again, for nodes without sessions a
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.detached import Detached, spawn
-from actors.remote import NAMESPACE
+from actors.remote import NAMESPACE, names
 from actors.settings import ActorsSettings
 from agent import logs
 from agent.journals import open_journal
@@ -81,10 +81,11 @@ _NodeActor = _remote(
 )(NodeActor)
 
 
-def node_actor(node_id: str, agent: AgentSettings, actors: ActorsSettings) -> Any:
-    """The actor of a node: the one that runs, else a new one. Blocks, but not for its start."""
+def node_actor(node_id: str, generation: str, agent: AgentSettings, actors: ActorsSettings) -> Any:
+    """The actor of a node for one generation of the code: the one that runs, else a new one. Blocks,
+    but not for its start."""
     placed = _NodeActor.options(
-        name=f"{PREFIX}{node_id}",
+        name=f"{PREFIX}{generation}-{node_id}",
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -94,9 +95,21 @@ def node_actor(node_id: str, agent: AgentSettings, actors: ActorsSettings) -> An
 
 
 class Nodes:
-    """Has an actor on every node that lives. For the manager."""
+    """Has an actor on every node that lives. For the manager.
 
-    def __init__(self, agent: AgentSettings, actors: ActorsSettings) -> None:
+    Args:
+        is_rolled: whether no session lives on older code: then the older actors have nobody to serve.
+    """
+
+    def __init__(
+        self,
+        agent: AgentSettings,
+        actors: ActorsSettings,
+        generation: str,
+        is_rolled: Callable[[], bool],
+    ) -> None:
+        self._generation = generation
+        self._is_rolled = is_rolled
         self._agent = agent
         self._actors = actors
         self._tasks = Detached()
@@ -111,13 +124,23 @@ class Nodes:
     async def _keep(self) -> None:
         while True:
             await asyncio.to_thread(self._ensure)
+            if self._is_rolled():
+                await asyncio.to_thread(self._end_older)
             await asyncio.sleep(self._actors.reap_s)
 
     def _ensure(self) -> None:
         try:
             for node in ray.nodes():
                 if node["Alive"]:
-                    node_actor(node["NodeID"], self._agent, self._actors)
+                    node_actor(node["NodeID"], self._generation, self._agent, self._actors)
         except (RayError, ValueError, ConnectionError) as error:
             # A node that went while it was asked for, or Ray's own store is away: next time.
             log.warning("node_actor_not_started", error=type(error).__name__)
+
+    def _end_older(self) -> None:
+        try:
+            for name in names(PREFIX):
+                if not name.startswith(f"{PREFIX}{self._generation}-"):
+                    ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        except (RayError, ValueError, ConnectionError) as error:
+            log.warning("node_actor_not_ended", error=type(error).__name__)

@@ -47,11 +47,11 @@ class NodeJournal:
         self._closed = False
 
     @classmethod
-    def here(cls, agent: AgentSettings, actors: ActorsSettings) -> Self:
-        """Through the actor of the node that this process runs on."""
+    def here(cls, generation: str, agent: AgentSettings, actors: ActorsSettings) -> Self:
+        """Through the actor of the node that this process runs on, of the same code as this process."""
         node_id: str = ray.get_runtime_context().get_node_id()
         return cls(
-            lambda: node_actor(node_id, agent, actors),
+            lambda: node_actor(node_id, generation, agent, actors),
             timeout_s=agent.journal_timeout_s + MARGIN_S,
         )
 

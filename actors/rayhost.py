@@ -1,7 +1,6 @@
 """Hosts on Ray: session actors, a few of them warm, each watched for its death."""
 
 import asyncio
-import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,21 +9,19 @@ from typing import Any
 import ray
 import structlog
 from ray.exceptions import RayError
-from ray.util import list_named_actors
 
 from actors.desk import Host
 from actors.detached import Detached
 from actors.host import Hosted
 from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
-from actors.remote import NAMESPACE, answer
-from actors.session import session_actor
+from actors.remote import NAMESPACE, answer, names
+from actors.session import PREFIX, generation_of, named, session_actor
 from actors.settings import ActorsSettings
 from agent.events import PassivationReason
 from agent.settings import AgentSettings
 
 log = structlog.get_logger()
 
-PREFIX = "session-"
 CLOSE_WAIT_S = 5.0
 PROBE_WAIT_S = 5.0
 """For a question that an actor answers at once if it lives."""
@@ -111,7 +108,7 @@ class RayHosts:
     ) -> None:
         self._agent = agent
         self._actors = actors
-        self._prefix = f"{PREFIX}{generation}-"
+        self._generation = generation
         self._died = died
         self._warm: deque[RayHost] = deque()
         self._starting = asyncio.Semaphore(MAX_STARTING)
@@ -144,7 +141,7 @@ class RayHosts:
             self._refill = None
 
     async def _start(self) -> RayHost:
-        name = f"{self._prefix}{uuid.uuid4().hex[:12]}"
+        name = named(self._generation)
         async with self._starting:
             host = self._known(name, session_actor(name, self._agent, self._actors))
             try:
@@ -155,7 +152,7 @@ class RayHosts:
         return host
 
     def _known(self, name: str, handle: Any) -> RayHost:
-        host = RayHost(name, handle, self._actors, current=name.startswith(self._prefix))
+        host = RayHost(name, handle, self._actors, current=generation_of(name) == self._generation)
         self._all[name] = host
         self._tasks.start(self._watch(host), name=f"watch {name}")
         return host
@@ -192,14 +189,8 @@ class RayHosts:
 
     def survivors(self) -> list[RayHost]:
         """The session actors that a manager before this one left, now watched by this one."""
-        everyone: Any = list_named_actors(all_namespaces=True)
-        names = [
-            named["name"]
-            for named in everyone
-            if named["namespace"] == NAMESPACE and named["name"].startswith(PREFIX)
-        ]
         hosts: list[RayHost] = []
-        for name in names:
+        for name in names(PREFIX):
             if name not in self._all:
                 with suppress(ValueError):  # it died since the list was made
                     hosts.append(self._known(name, ray.get_actor(name, namespace=NAMESPACE)))

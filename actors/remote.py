@@ -10,12 +10,20 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.util import list_named_actors
 
 from actors.protocol import Unavailable
 from agent.faults import Fault
 
 T = TypeVar("T")
 NAMESPACE = "troupe"
+
+
+def names(start: str = "") -> list[str]:
+    """The named actors of the house whose names begin so. Blocks."""
+    everyone: Any = list_named_actors(all_namespaces=True)
+    ours = (named["name"] for named in everyone if named["namespace"] == NAMESPACE)
+    return [name for name in ours if name.startswith(start)]
 
 
 async def answer(ref: Awaitable[T], lost: Fault, timeout_s: float) -> T:

@@ -1,6 +1,7 @@
 """`SessionActor`: a process that hosts sessions. A thin Ray shell over `SessionHost`."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -24,6 +25,7 @@ from agent.settings import AgentSettings
 from agent.snapshots import Snapshots
 
 MANAGER = "manager"
+PREFIX = "session-"
 MAX_CONCURRENCY = 10_000
 """Calls at once on one actor's loop: every open reader holds one."""
 
@@ -36,11 +38,11 @@ async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
     return _kit(journal, agent, actors)
 
 
-async def _sessions_kit(agent: AgentSettings, actors: ActorsSettings) -> Kit:
+async def _sessions_kit(name: str, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     """The same for a process that hosts sessions: there are hundreds, too many for a server's
     connections."""
     if agent.journal_url.startswith(POSTGRES):
-        return _kit(NodeJournal.here(agent, actors), agent, actors)
+        return _kit(NodeJournal.here(generation_of(name), agent, actors), agent, actors)
     return await kit_of(agent, actors)
 
 
@@ -54,10 +56,19 @@ def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     )
 
 
+def named(generation: str) -> str:
+    """A new session actor's name, which tells of which generation of the code it is."""
+    return f"{PREFIX}{generation}-{uuid.uuid4().hex[:12]}"
+
+
+def generation_of(name: str) -> str:
+    return name.removeprefix(PREFIX).partition("-")[0]
+
+
 class SessionActor:
     async def __init__(self, name: str, agent: AgentSettings, actors: ActorsSettings) -> None:
         logs.configure()
-        self._kit = await _sessions_kit(agent, actors)
+        self._kit = await _sessions_kit(name, agent, actors)
         self._host = SessionHost(self._kit, name, self._tell)
         self._manager: Any = None
         self._checks = spawn(self._host.keep_current(), name="epochs")

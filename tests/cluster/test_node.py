@@ -16,7 +16,7 @@ import ray
 
 from actors.node import PREFIX, NodeActor
 from actors.node_journal import NodeJournal
-from actors.remote import NAMESPACE, answer
+from actors.remote import NAMESPACE, answer, names
 from agent.faults import Fault, JournalFault
 from agent.journal import Journal, read_all
 from agent.journals import open_journal
@@ -153,7 +153,9 @@ async def test_every_node_has_its_actor_and_has_it_again_after_a_kill(house: Hou
     [node_id] = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
     async def pid_of_actor() -> int:
-        actor = await asyncio.to_thread(ray.get_actor, f"{PREFIX}{node_id}", namespace=NAMESPACE)
+        [name] = await asyncio.to_thread(names, PREFIX)
+        assert name.endswith(node_id)
+        actor = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
         return await got(actor.__ray_call__.remote(pid_of))
 
     pid = await pid_of_actor()
