@@ -8,8 +8,9 @@ The turn task and every commit run detached from requests (`actors.detached`).
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Self
 
@@ -17,9 +18,10 @@ import structlog
 
 from actors.commands import Repeated, answered, fact_of
 from actors.detached import Detached
-from actors.feed import Feed, page_of
+from actors.feed import MAX_STORED, Feed, page_of
 from actors.keeping import Keeping
 from actors.kit import Kit
+from actors.places import Places
 from actors.protocol import (
     Accepted,
     AnyCommand,
@@ -73,6 +75,11 @@ class Report(NamedTuple):
 
 log = structlog.get_logger()
 
+MAX_STRETCH_CHARS = 1024 * 1024
+"""Pages of one call, plus one page. Ray takes them from the session as fast as they come and keeps them
+where they are read, so a reader that has stopped to take them holds as much there, and no more."""
+MAX_COMMANDS = 256
+"""Of one session that are being written; whoever asks and leaves is counted until that is done."""
 CARD_WAIT_S = 5.0
 """For the facts about a model. Without them a default window stands."""
 
@@ -100,6 +107,8 @@ class Activation:
         self._pausing = False
         self._deleted = False
         self._measured_model: str | None = None
+        self._readers = Places(kit.actors.max_readers, "readers are here")
+        self._commands = Places(MAX_COMMANDS, "commands wait for the journal")
         self._log = log.bind(session_id=session_id)
 
     @classmethod
@@ -247,9 +256,10 @@ class Activation:
         if isinstance(command, Close):
             return await self._tasks.carry_out(lambda: self._close(command), name="close")
         try:
-            fact = self._fact_of(command)
-            await self._charge(fact)
-            records = await self._commit(lambda: [self._fact_of(command)])
+            with self._commands.taken():
+                fact = self._fact_of(command)
+                await self._charge(fact)
+                records = await self._commit(lambda: [self._fact_of(command)])
         except Repeated as repeated:
             return repeated.answer
         [record] = records
@@ -505,17 +515,27 @@ class Activation:
         follow: bool = True,
         stretch_s: float = 30.0,
     ) -> AsyncGenerator[Page]:
-        """Pages after `cursor` for at most about `stretch_s`, or until the session leaves: the reader
-        comes back with its cursor. See `actors.protocol.Sessions.pages`.
+        """Pages after `cursor` for at most about `stretch_s` and `MAX_STRETCH_CHARS`, or until the
+        session leaves: the reader comes back with its cursor. See `actors.protocol.Sessions.pages`.
 
         Raises:
-            NotFound
+            NotFound, QueueFull
             Moved: the session has left, and everything that it showed was read.
         """
         self._check_owner(who)
+        with self._readers.taken():
+            stretch = self._stretch(cursor, turn, follow=follow, stretch_s=stretch_s)
+            async with aclosing(stretch) as pages:
+                async for page in pages:
+                    yield page
+
+    async def _stretch(
+        self, cursor: Cursor, turn: int | None, *, follow: bool, stretch_s: float
+    ) -> AsyncGenerator[Page]:
         until_s = self.now_s() + stretch_s
-        silent_since_s = self.now_s()
-        while True:
+        room = MAX_STRETCH_CHARS
+        silent_since_s = -math.inf
+        while room > 0:
             page = await self._page(cursor, turn)
             at_head = page.cursor == cursor and not page.frames
             cursor = page.cursor
@@ -525,6 +545,7 @@ class Activation:
             beat_s = self._kit.actors.page_wait_s
             if page.frames or page.end or self.now_s() - silent_since_s >= beat_s:
                 silent_since_s = self.now_s()
+                room -= sum(len(frame.data) for frame in page.frames)
                 yield page
             if page.end:
                 return
@@ -540,7 +561,7 @@ class Activation:
     async def _page(self, cursor: Cursor, turn: int | None) -> Page:
         if self.feed.covers(cursor):
             return self.feed.page(cursor, turn=turn)
-        records = await self._kit.journal.read(self.session_id, after=cursor.seq, limit=256)
+        records = await self._kit.journal.read(self.session_id, after=cursor.seq, limit=MAX_STORED)
         return page_of(records, cursor, turn)
 
 

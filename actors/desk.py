@@ -7,6 +7,7 @@ in tasks of the desk's own, so that a caller that leaves breaks nothing off in t
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -18,6 +19,7 @@ from actors.commands import seed_fact
 from actors.detached import Detached
 from actors.kit import Kit
 from actors.ledger import Lease, Ledger, Refusal
+from actors.places import queue_full
 from actors.protocol import (
     Accepted,
     AnyCommand,
@@ -46,6 +48,9 @@ from agent.vault import Vault
 log = structlog.get_logger()
 T = TypeVar("T")
 
+MAX_MOVES = 64
+"""Of one session, the one that runs and those behind it. Every command to a session that wakes is one,
+also when its caller has left."""
 MAX_GIVE_WAY_TRIES = 16
 """Idle sessions asked to go before a newcomer is refused: each may have become busy meanwhile."""
 DRAIN_MARGIN_S = 10.0
@@ -132,6 +137,7 @@ class Desk:
         self._placed: dict[str, tuple[Host, Route]] = {}
         self._moves: dict[str, asyncio.Task[Any]] = {}
         """The last move of each session that is moving."""
+        self._n_moves: Counter[str] = Counter()
         self._arrivals: dict[str, Arrival] = {}
         self._tokens = Tokens(kit.journal, vault)
         self._tasks = Detached()
@@ -153,14 +159,28 @@ class Desk:
 
         task = self._tasks.start(in_turn(), name="move")
         self._moves[session_id] = task
+        self._n_moves[session_id] += 1
         task.add_done_callback(lambda done: self._moved(session_id, done))
         return await asyncio.shield(task)
 
     def _moved(self, session_id: str, task: asyncio.Task[Any]) -> None:
         if not task.cancelled():
             task.exception()  # the waiting caller has it; one that left does not need it
+        self._n_moves[session_id] -= 1
+        if not self._n_moves[session_id]:
+            del self._n_moves[session_id]
         if self._moves.get(session_id) is task:
             del self._moves[session_id]
+
+    async def _move_asked(self, session_id: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """A move that somebody outside asks for.
+
+        Raises:
+            QueueFull
+        """
+        if self._n_moves[session_id] >= MAX_MOVES:
+            raise queue_full(MAX_MOVES, "commands wait for the session to move")
+        return await self._move(session_id, work)
 
     # -- admission -----------------------------------------------------------------------------
 
@@ -185,7 +205,7 @@ class Desk:
                 await self._place(lease)
             return await self._kit.journal.row(session_id)
 
-        return await self._move(session_id, work)
+        return await self._move_asked(session_id, work)
 
     def _opening(self, who: Principal, command: Open) -> SessionOpened:
         name = command.agent or self._kit.agent.default_agent
@@ -342,7 +362,7 @@ class Desk:
             with self.ledger.returned_on_failure(lease):
                 return await self._place(lease)
 
-        return await self._move(session_id, work)
+        return await self._move_asked(session_id, work)
 
     async def _owned(self, who: Principal, session_id: str) -> SessionRow:
         row = await self._row_or_none(session_id)
@@ -371,12 +391,19 @@ class Desk:
         try:
             async with asyncio.timeout(wait_s):
                 if not_at is not None:
-                    await self._move(session_id, lambda: self._checked(session_id, not_at))
+                    await self._rechecked(session_id, not_at)
                 if session_id not in self._placed:
                     await self._arrival(session_id)
         except TimeoutError:
             pass
         return await self.find(session_id)
+
+    async def _rechecked(self, session_id: str, not_at: Route) -> None:
+        """Have it looked whether the session still is there. A thousand readers need no look each."""
+        if self._n_moves[session_id] < MAX_MOVES:
+            await self._move(session_id, lambda: self._checked(session_id, not_at))
+        else:
+            await asyncio.wait({self._moves[session_id]})
 
     async def _arrival(self, session_id: str) -> None:
         arrival = self._arrivals.setdefault(session_id, Arrival())
@@ -415,7 +442,7 @@ class Desk:
             await self._tokens.forget(session_id)
             return accepted
 
-        return await self._move(session_id, work)
+        return await self._move_asked(session_id, work)
 
     async def delete(self, who: Principal, session_id: str) -> None:
         await self._owned(who, session_id)
@@ -438,7 +465,7 @@ class Desk:
             await self._tokens.forget(session_id)
             self._announce(session_id)
 
-        await self._move(session_id, work)
+        await self._move_asked(session_id, work)
 
     async def _leave(self, session_id: str, *, deleted: bool = False, clean: bool = True) -> None:
         """End whatever lives of a session, and give its slot back."""

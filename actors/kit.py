@@ -41,7 +41,8 @@ class Kit:
 
     def tools(self, spec: AgentSpec) -> Tools:
         """The tools that an agent may call; one router per session."""
-        return ToolRouter(self.make_tools(self.agent.tools), spec.tools)
+        made = self.make_tools(self.agent.tools)
+        return ToolRouter(made, spec.tools, max_tool_s=self.agent.tools.max_tool_s)
 
     def workspace(self, session_id: str) -> Path:
         return self.agent.storage_dir / "workspaces" / session_id

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.protocol import Sessions
 from serve_app import problems
 from serve_app.auth import Doorkeeper
+from serve_app.room import Room
 from serve_app.routes import health, router
 from serve_app.settings import ServeSettings
 
@@ -54,7 +55,8 @@ def create_app(sessions: Sessions, settings: ServeSettings) -> FastAPI:
         (route.path_regex, route.methods or set()) for route in routes if isinstance(route, Route)
     ]
     problems.install(app)
-    app.add_middleware(Envelope)
+    app.add_middleware(Room, settings=settings)
+    app.add_middleware(Envelope)  # around all others
     return app
 
 

@@ -17,8 +17,11 @@ from serve_app.app import create_app
 from serve_app.settings import TroupeSettings
 
 APP = "troupe"
-MAX_ONGOING = 10_000
-"""Requests on one replica at once. An open event stream holds one; Serve's own limit is 5."""
+HEADROOM = 2
+"""Times what the app takes on at once (`serve_app.room`), so that it is the app that refuses, with a
+problem. Serve's own limit is 5."""
+MAX_QUEUED = 1000
+"""Requests that Serve keeps until a replica is there; one more is its own 503."""
 SHUTDOWN_WAIT_S = 5.0
 """For streams that are open when a replica ends; their readers come back with their cursors."""
 
@@ -50,7 +53,8 @@ def deploy(settings: TroupeSettings) -> None:
     edge: Any = serve.deployment(
         ingress(),
         name="edge",
-        max_ongoing_requests=MAX_ONGOING,
+        max_ongoing_requests=HEADROOM * (settings.serve.max_requests + settings.serve.max_streams),
+        max_queued_requests=MAX_QUEUED,
         graceful_shutdown_timeout_s=SHUTDOWN_WAIT_S,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},

@@ -24,6 +24,7 @@ from actors.protocol import (
     Invalid,
     Open,
     Principal,
+    QueueFull,
     Seed,
     SendMessage,
     Sessions,
@@ -37,6 +38,7 @@ from agent.events import Cursor
 from serve_app import bodies
 from serve_app.auth import Doorkeeper
 from serve_app.problems import UnsupportedMediaType, documented
+from serve_app.room import Place
 from serve_app.settings import ServeSettings
 from serve_app.stream import EventStream
 
@@ -118,6 +120,7 @@ class Call:
         self.sessions: Sessions = request.app.state.sessions
         self.settings: ServeSettings = request.app.state.settings
         self.who: Principal = request.state.principal
+        self.place: Place = request.state.place
 
 
 SessionId = Annotated[str, Path(pattern="^[A-Za-z0-9_-]{1,64}$")]
@@ -158,7 +161,7 @@ Read = Annotated[Call, Depends(Call)]
 Written = Annotated[Post, Depends(Post)]
 CURSOR_PATTERN = r"^[0-9]{1,18}\.[0-9]{1,18}\.[0-9]{1,18}$"
 
-READ = documented(401, 403, 404, 422, 500, 503)
+READ = documented(401, 403, 404, 422, 429, 500, 503)
 COMMAND = documented(401, 403, 404, 409, 413, 415, 422, 429, 500, 503)
 SSE: dict[str, Any] = {
     "description": "Server-sent events: `id` a cursor, `event` the type, `data` one line of JSON",
@@ -226,7 +229,7 @@ async def open_session(
     return bodies.SessionOut.of(view)
 
 
-@router.get("/sessions", responses=documented(401, 403, 422, 500, 503), tags=["sessions"])
+@router.get("/sessions", responses=documented(401, 403, 422, 429, 500, 503), tags=["sessions"])
 async def list_sessions(
     call: Read,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -268,16 +271,22 @@ async def send_message(
     session_id: SessionId,
     body: bodies.MessageIn,
 ) -> Any:
-    """Opens a turn. With `Accept: text/event-stream` the answer is that turn's events."""
+    """Opens a turn. With `Accept: text/event-stream` the answer is that turn's events, or 202 where
+    the session has as many readers as it may."""
     command = SendMessage(text=body.checked_text(), message_id=call.key(body))
+    if call.wants_events:
+        call.place.becomes_stream()
     accepted = await call.submit(session_id, command)
     if not call.wants_events:
         return bodies.TurnAccepted.model_validate(accepted)
     # Just before the message's own fact. Epoch 0 never shows anything, so only the seq counts.
     before = Cursor(seq=max(0, Cursor.parse(accepted.cursor).seq - 1))
-    return EventStream(
-        call.sessions.pages(call.who, session_id, before, turn=accepted.turn), call.settings
-    )
+    pages = call.sessions.pages(call.who, session_id, before, turn=accepted.turn)
+    try:
+        return await EventStream.opened(pages, call.settings)
+    except QueueFull:
+        # The message is taken, and a refusal would say that it is not: its events can be read later.
+        return bodies.TurnAccepted.model_validate(accepted)
 
 
 def _wants_events(accept: str) -> bool:
@@ -313,14 +322,14 @@ async def get_events(
 ) -> EventStream:
     """Every fact after the cursor once and in order, and previews of those to come. The answer is
     bounded in time and size; when it ends with the comment `reconnect`, come back with the last id."""
-    # Before the head of the answer is out: afterwards no status can say that there is no session.
+    call.place.becomes_stream()
     view = await call.sessions.view(call.who, session_id)
     follow = query.follow == "true"
     cursor = Cursor.parse(last_event_id or query.after or str(Cursor()))
     if cursor.seq > Cursor.parse(view.cursor).seq:
         raise Invalid("The cursor is ahead of this session: read it from its beginning.")
     pages = call.sessions.pages(call.who, session_id, cursor, turn=query.turn, follow=follow)
-    return EventStream(pages, call.settings, follow=follow)
+    return await EventStream.opened(pages, call.settings, follow=follow)
 
 
 @router.post("/sessions/{session_id}/approvals", status_code=202, responses=COMMAND, tags=["turns"])
@@ -431,7 +440,7 @@ async def get_trajectory(call: Read, session_id: SessionId) -> Response:
     return Response(text, media_type="application/json")
 
 
-@router.get("/capacity", responses=documented(401, 403, 500, 503), tags=["cluster"])
+@router.get("/capacity", responses=documented(401, 403, 429, 500, 503), tags=["cluster"])
 async def get_capacity(call: Read) -> bodies.CapacityOut:
     return bodies.CapacityOut.model_validate(
         await call.sessions.capacity(call.who), from_attributes=True
@@ -444,7 +453,7 @@ async def healthz() -> bodies.HealthOut:
     return bodies.HealthOut(status="ok")
 
 
-@health.get("/readyz", responses=documented(500, 503), tags=["cluster"])
+@health.get("/readyz", responses=documented(429, 500, 503), tags=["cluster"])
 async def readyz(request: Request) -> bodies.HealthOut:
     """Whether sessions can be opened."""
     sessions: Sessions = request.app.state.sessions

@@ -23,6 +23,10 @@ class ServeSettings(Section):
     """Who may call, unless `dev`: see `serve_app.auth`."""
     max_body_bytes: int = Field(default=4 * 1024**2, ge=2 * 1024**2)
     """The lower bound leaves room for the longest message, fully escaped in JSON."""
+    max_requests: int = Field(default=256, ge=1)
+    """On one replica at once, without event streams; one more is QueueFull."""
+    max_streams: int = Field(default=4000, ge=1)
+    """On one replica at once; one more is QueueFull."""
     stream_max_s: float = Field(default=300.0, gt=0)
     stream_max_bytes: int = Field(default=4 * 1024**2, ge=64 * 1024)
 

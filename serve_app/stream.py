@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
+from typing import Self
 
 import structlog
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from actors.protocol import Unavailable
 from agent.events import Frame, Page
 from agent.faults import Fault
+from serve_app.patience import STALL_S, Stalled, in_time
 from serve_app.settings import ServeSettings
 
 log = structlog.get_logger()
@@ -19,8 +22,8 @@ RECONNECT = b": reconnect\n\n"
 """The last line of a stream that could go on: come back with the last id."""
 OPENING = b"retry: 1000\n\n"
 """Sends the head at once, and tells browsers how many ms to wait before they come back."""
-STALL_S = 30.0
-"""How long after its end a response may still wait for a client that does not read."""
+OPEN_WAIT_S = 60.0
+"""For the first page, which comes at once from a session that lives."""
 
 
 class EventStream(StreamingResponse):
@@ -36,36 +39,55 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         pages: AsyncGenerator[Page, None],
+        first: Page | None,
         settings: ServeSettings,
         *,
         follow: bool = True,
         stall_s: float = STALL_S,
     ) -> None:
         self._pages = pages
-        self._limit_s = settings.stream_max_s + stall_s
-        self._body = encoded(pages, settings, follow=follow)
+        self._stall_s = stall_s
+        self._body = encoded(pages, first, settings, follow=follow)
         super().__init__(self._body, headers={"X-Accel-Buffering": "no"})
+
+    @classmethod
+    async def opened(
+        cls, pages: AsyncGenerator[Page, None], settings: ServeSettings, *, follow: bool = True
+    ) -> Self:
+        """An answer once there is something to answer: the first page is here.
+
+        Raises:
+            Fault: there is nothing to read. Later no status could say so.
+        """
+        async with AsyncExitStack() as unless_opened:
+            await unless_opened.enter_async_context(aclosing(pages))
+            try:
+                async with asyncio.timeout(OPEN_WAIT_S):
+                    first = await anext(pages, None)
+            except TimeoutError as cause:
+                raise Unavailable("The session does not answer.") from cause
+            unless_opened.pop_all()
+        return cls(pages, first, settings, follow=follow)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Starlette leaves a generator that was not exhausted to the garbage collector.
         async with aclosing(self._pages), aclosing(self._body):
             try:
-                async with asyncio.timeout(self._limit_s):
-                    await super().__call__(scope, receive, send)
-            except TimeoutError:
+                await super().__call__(scope, receive, in_time(send, self._stall_s))
+            except Stalled:
                 # Returning in the middle of a response makes the server drop the connection.
-                log.warning("stream_stalled", limit_s=self._limit_s)
+                log.warning("stream_stalled", limit_s=self._stall_s)
 
 
 async def encoded(
-    pages: AsyncGenerator[Page, None], settings: ServeSettings, *, follow: bool
+    pages: AsyncGenerator[Page, None], first: Page | None, settings: ServeSettings, *, follow: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The pages as SSE. Ends with the pages, or with RECONNECT at a limit."""
+    """The pages as SSE, after the `first`. Ends with the pages, or with RECONNECT at a limit."""
     deadline = asyncio.get_running_loop().time() + settings.stream_max_s
     room = settings.stream_max_bytes
     yield OPENING
+    page = first
     while room > 0:
-        page = await _next(pages, deadline)
         if page is None:
             if follow:
                 yield RECONNECT
@@ -75,6 +97,7 @@ async def encoded(
         yield chunk
         if page.end and whole:
             return
+        page = await _next(pages, deadline) if room > 0 else None
     yield RECONNECT
 
 

@@ -33,6 +33,7 @@ SMALL = ActorsSettings(
     close_wait_s=2.0,
     probe_s=2.0,
     sweep_s=2.0,
+    max_readers=110,  # more than any test has, and few enough to fill up
 )
 """The limits that the sessions contract is written for."""
 SECRETS_KEY_ENV = "TROUPE_TEST_SECRETS_KEY"

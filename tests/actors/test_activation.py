@@ -1,12 +1,14 @@
 """One incarnation of a session: what it commits, what it survives."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from actors.activation import Activation
+from actors.activation import MAX_COMMANDS, MAX_STRETCH_CHARS, Activation
+from actors.feed import MAX_PAGE_CHARS
 from actors.protocol import (
     Compact,
     Decide,
@@ -31,6 +33,7 @@ from agent.events import (
     Decision,
     InterruptRequested,
     ModelCalled,
+    ModelSwitched,
     Record,
     SessionOpened,
     TextDelta,
@@ -639,3 +642,45 @@ async def test_a_reader_of_a_queued_turn_hears_that_the_stream_lives(stand: Make
     await pages.aclose()
     waiting.go.set()
     await made.rested(activation)
+
+
+async def test_commands_that_wait_for_the_journal_have_a_limit(stand: MakeStand) -> None:
+    journal = SlowJournal()
+    made = stand(*[SAY] * 9, journal=journal)
+    activation = await made.open()
+    journal.gate.clear()
+    asking = [
+        asyncio.create_task(activation.submit(ALICE, SwitchModel(model=f"scripted/{n}")))
+        for n in range(MAX_COMMANDS)
+    ]
+    await asyncio.wait_for(journal.waiting.wait(), SOON_S)
+    asking[0].cancel()  # its command is on the way all the same, and counts
+    with pytest.raises(QueueFull):
+        await activation.submit(ALICE, SwitchModel(model="scripted/late"))
+    journal.gate.set()
+    await asyncio.gather(*asking, return_exceptions=True)
+    assert len(await made.facts(ModelSwitched)) == MAX_COMMANDS
+    await activation.submit(ALICE, SwitchModel(model="scripted/x"))
+
+
+async def test_one_call_for_pages_ends_after_its_size_and_the_next_goes_on(
+    stand: MakeStand,
+) -> None:
+    text = "x" * 90_000
+    made = stand(*[SAY] * 20)
+    activation = await made.open()
+    for _ in range(20):
+        await made.ended(activation, text)
+    heard: list[int] = []
+    cursor, n_calls = Cursor(), 0
+    while cursor.seq < activation.context.head:
+        n_calls += 1
+        n_chars = 0
+        async with asyncio.timeout(SOON_S):
+            async for page in activation.pages(ALICE, cursor, follow=False):
+                n_chars += sum(len(frame.data) for frame in page.frames)
+                heard += [json.loads(frame.data)["seq"] for frame in page.frames]
+                cursor = page.cursor
+        assert n_chars < MAX_STRETCH_CHARS + MAX_PAGE_CHARS + 2 * len(text)
+    assert n_calls >= 2
+    assert heard == list(range(1, activation.context.head + 1))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from actors.desk import Route
+from actors.desk import MAX_MOVES, Route
 from actors.gateway import ModelGateway
 from actors.local import LocalSessions
 from actors.protocol import (
     AtCapacity,
     Close,
     Open,
+    QueueFull,
     QuotaExceeded,
     SendMessage,
     SwitchModel,
@@ -285,3 +286,27 @@ def test_a_transcript_keeps_to_its_size() -> None:
     text = render(many, max_chars=8000)
     assert len(text) < 16_000
     assert "1900 messages left out" in text
+
+
+async def test_commands_to_a_session_that_wakes_have_a_limit(house: Make) -> None:
+    """Callers that have left count too: what they asked for is still to be done."""
+    journal = SlowJournal()
+    sessions = await house(ONE, journal=journal)
+    session_id = (await sessions.open(ALICE, Open())).session_id
+    other = await sessions.open(BOB, Open())  # alice's gives way
+    await sessions.delete(BOB, other.session_id)
+    journal.gate.clear()
+    asking = [
+        asyncio.create_task(sessions.submit(ALICE, session_id, SwitchModel(model=f"scripted/{n}")))
+        for n in range(MAX_MOVES)
+    ]
+    await asyncio.wait_for(journal.waiting.wait(), SOON_S)
+    for one in asking[: MAX_MOVES // 2]:
+        one.cancel()
+    with pytest.raises(QueueFull) as refused:
+        await sessions.submit(ALICE, session_id, SwitchModel(model="scripted/late"))
+    assert refused.value.limit == MAX_MOVES
+    journal.gate.set()
+    done = await asyncio.gather(*asking, return_exceptions=True)
+    assert sum(not isinstance(one, BaseException) for one in done) == MAX_MOVES // 2
+    await sessions.submit(ALICE, session_id, SwitchModel(model="scripted/echo"))

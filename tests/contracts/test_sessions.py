@@ -5,6 +5,7 @@ The tests go through the floor's door only, and assert on what a client can see.
 
 import asyncio
 import json
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from actors.protocol import (
     NotFound,
     Open,
     Principal,
+    QueueFull,
     Seed,
     SendMessage,
     Sessions,
@@ -29,7 +31,9 @@ from actors.protocol import (
     Undo,
 )
 from agent.events import Cursor, Decision
-from tests.support.house import ALICE, BOB, follow, puppet, turn_of
+from tests.conftest import SMALL
+from tests.support.house import ALICE, BOB, SOON_S, follow, puppet, turn_of
+from tests.support.processes import eventually
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 SAY = puppet({"say": "Hello there.", "chunks": 3})
@@ -527,3 +531,27 @@ async def test_a_cursor_from_an_answer_reads_what_follows(sessions: Sessions) ->
 
 async def test_it_is_ready(sessions: Sessions) -> None:
     assert await sessions.ready()
+
+
+async def test_one_reader_too_many_is_refused_until_another_leaves(sessions: Sessions) -> None:
+    session_id = await opened(sessions)
+    readers = [sessions.pages(ALICE, session_id, Cursor()) for _ in range(SMALL.max_readers)]
+    async with asyncio.timeout(60), AsyncExitStack() as stack:
+        for reader in readers:
+            await stack.enter_async_context(aclosing(reader))
+        # Every first page comes at once, from a session where nothing happens.
+        pages = await asyncio.gather(*(anext(reader) for reader in readers))
+        assert {page.frames[0].event for page in pages} == {"session_opened"}
+        with pytest.raises(QueueFull) as refused:
+            await anext(sessions.pages(ALICE, session_id, Cursor()))
+        assert refused.value.limit == SMALL.max_readers
+        await readers[0].aclose()
+
+        async def is_let_in() -> bool:
+            async with aclosing(sessions.pages(ALICE, session_id, pages[0].cursor)) as late:
+                try:
+                    return (await anext(late)).frames == ()
+                except QueueFull:
+                    return False
+
+        await eventually(is_let_in, SOON_S)

@@ -29,6 +29,7 @@ from actors.protocol import (
     Open,
     PendingApproval,
     Principal,
+    QueueFull,
     Seed,
     SendMessage,
     SessionList,
@@ -84,6 +85,12 @@ class MemorySession:
             seq = len(self.records) + 1
             self.records.append(Record(seq, 1, BEGAN_AT + timedelta(seconds=seq), fact))
         self.wake()
+
+    async def readers(self, n: int) -> None:
+        """Wait until so many read."""
+        async with asyncio.timeout(5):
+            while self.n_readers != n:
+                await self.grew.wait() if n < self.n_readers else await asyncio.sleep(0)
 
     def wake(self) -> None:
         self.grew.set()
@@ -237,13 +244,19 @@ class MemorySession:
 
 class MemorySessions:
     def __init__(
-        self, *, limit: int = 200, limit_per_user: int = 10, heartbeat_s: float = 10.0
+        self,
+        *,
+        limit: int = 200,
+        limit_per_user: int = 10,
+        heartbeat_s: float = 10.0,
+        max_readers: int = 100,
     ) -> None:
         self.all: dict[str, MemorySession] = {}
         self.opened: dict[tuple[str, str], str] = {}
         self.limit = limit
         self.limit_per_user = limit_per_user
         self.heartbeat_s = heartbeat_s
+        self.max_readers = max_readers
         self.is_ready = True
         self._ids = count(1)
 
@@ -282,8 +295,11 @@ class MemorySessions:
         follow: bool = True,
     ) -> AsyncGenerator[Page, None]:
         session = self._own(who, session_id)
+        if session.n_readers >= self.max_readers:
+            raise QueueFull("Too many readers.", limit=self.max_readers, retry_after_s=5)
         session.n_readers += 1
         seen = cursor.seq
+        first = True
         try:
             while True:
                 grew = session.grew
@@ -291,7 +307,8 @@ class MemorySessions:
                 ended = any(_ends(r.fact, turn) for r in fresh) or session.deleted
                 seen += len(fresh)
                 frames = tuple(_frame(r) for r in fresh if turn in {None, r.fact.turn})
-                if frames or ended:
+                if frames or ended or first:
+                    first = False
                     yield Page(frames, Cursor(seen, 1, seen), end=ended)
                 if ended or (not follow and seen >= len(session.records)):
                     return
