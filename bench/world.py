@@ -149,7 +149,7 @@ class World:
     def start_node(self, number: int) -> None:
         """`ray start` on a node that has no processes."""
         node = self.nodes[number]
-        client, metrics, agent, agent_grpc = free_ports(4)
+        client, metrics, agent, agent_grpc, dashboard = free_ports(5)
         argv = [str(PROGRAMS / "ray"), "start", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
         argv += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--metrics-export-port={metrics}"]
         argv += [f"--dashboard-agent-listen-port={agent}"]
@@ -158,7 +158,9 @@ class World:
         if number == HEAD:
             argv += ["--head", f"--port={self._ray_port}", f"--ray-client-server-port={client}"]
             # AF_UNIX paths are short, so not below our own directory, whose path may be long.
-            argv += ["--include-dashboard=false", f"--temp-dir={self._ray_dir}"]
+            # The head process of the dashboard takes its port even then.
+            argv += ["--include-dashboard=false", f"--dashboard-port={dashboard}"]
+            argv += [f"--temp-dir={self._ray_dir}"]
             if self.redis:
                 env["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{self._redis_port}"
                 env["RAY_external_storage_namespace"] = f"world{self._ray_port}"
