@@ -30,7 +30,10 @@ class ModelSettings(Section):
     """How models are reached. Provider keys come from the environment names that litellm reads."""
 
     api_base: str | None = None
-    """For every litellm model; None: the provider's own."""
+    """Of an OpenAI-compatible server, for every model; None: the provider's own."""
+    direct: bool = True
+    """Ask OpenAI-compatible servers without litellm in between: `openai/`, `hosted_vllm/`,
+    `huggingface/`, and any model when `api_base` is set. False: litellm asks for all."""
     first_token_s: float = Field(default=120.0, gt=0)
     between_tokens_s: float = Field(default=60.0, gt=0)
     whole_call_s: float = Field(default=600.0, gt=0)

@@ -51,6 +51,7 @@ DEPLOYS = {"serve_app/deployment.py": "actors.gateway"}
 ENVIRONMENT_READERS = {
     "agent/settings.py": "the one loader of settings",
     "agent/model/litellm_adapter.py": "litellm takes its switches from the environment at import",
+    "agent/model/endpoints.py": "keys and addresses of providers are in the names that litellm reads",
     "agent/vault.py": "its key is a secret: settings name the variable and every process reads its own",
     "serve_app/cluster.py": "Ray takes its switches from the environment at import",
 }

@@ -18,6 +18,9 @@ class ModelRequest(NamedTuple):
     kind: Literal["main", "compaction", "seed"] = "main"
     max_output_tokens: int | None = None
     temperature: float | None = None
+    stream: bool = True
+    """False: nobody watches. The provider may then answer in one piece: at most one ReasoningChunk and
+    one TextChunk, and the Completion."""
 
 
 class TextChunk(NamedTuple):

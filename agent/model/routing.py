@@ -1,7 +1,9 @@
 """The one model of a process: a name says which way a request goes."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
+from agent.model import prices
 from agent.model.contract import (
     Completion,
     Model,
@@ -10,6 +12,8 @@ from agent.model.contract import (
     ReasoningChunk,
     TextChunk,
 )
+from agent.model.direct import DirectModel
+from agent.model.endpoints import is_direct
 from agent.model.litellm_adapter import LitellmModel
 from agent.model.retry import RetryingModel
 from agent.settings import ModelSettings
@@ -23,27 +27,43 @@ def model_from(settings: ModelSettings) -> "RoutedModel":
 
 
 class RoutedModel:
-    """`scripted/...` goes to the shipped scripts, every other name to litellm with retries."""
+    """`scripted/...` goes to the shipped scripts. Every other name is asked with retries: directly
+    where `agent.model.endpoints` knows an OpenAI-compatible server for it, else through litellm."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self._settings = settings
         self._scripted = NamedScripts()
         self._litellm = LitellmModel(settings)
-        self._retrying = RetryingModel(self._litellm, settings)
+        self._direct = DirectModel(settings)
+        self._through_litellm = RetryingModel(self._litellm, settings)
+        self._directly = RetryingModel(self._direct, settings)
 
-    def stream(
+    async def stream(
         self, request: ModelRequest
     ) -> AsyncGenerator[TextChunk | ReasoningChunk | Completion]:
-        return self._way(request.model).stream(request)
+        async with aclosing((await self._way(request)).stream(request)) as stream:
+            async for item in stream:
+                yield item
 
     async def card(self, model: str) -> ModelCard:
-        card = await self._way(model).card(model)
+        way = self._scripted if model.startswith(SCRIPTED) else self._direct
+        card = await way.card(model)
         return card._replace(window_tokens=self._settings.windows.get(model, card.window_tokens))
 
     async def warm(self, model: str) -> None:
         """Have what `model` needs loaded."""
-        if not model.startswith(SCRIPTED):
+        way = await self._way(ModelRequest(model, [], tools=[{}]))
+        if way is self._through_litellm:
             await self._litellm.warm()
+        elif way is self._directly:
+            await self._direct.warm()
 
-    def _way(self, model: str) -> Model:
-        return self._scripted if model.startswith(SCRIPTED) else self._retrying
+    async def close(self) -> None:
+        await self._direct.close()
+
+    async def _way(self, request: ModelRequest) -> Model:
+        if request.model.startswith(SCRIPTED):
+            return self._scripted
+        await prices.table_ready()
+        direct = is_direct(request, self._settings)
+        return self._directly if direct else self._through_litellm

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import pytest
 from actors.gateway import ModelGateway
 from agent.faults import ModelCut, ModelFault, ModelUnavailable
 from agent.model.contract import Completion, Model, ModelRequest, ReasoningChunk, TextChunk
+from agent.model.direct import DirectModel
 from agent.model.litellm_adapter import LitellmModel, load_litellm
 from agent.model.retry import RetryingModel
 from agent.settings import ModelSettings
@@ -21,6 +22,7 @@ from tests.support.openai_server import (
     OpenAIServer,
     Refuse,
     Stream,
+    Whole,
     call,
     chunk,
     ends,
@@ -38,7 +40,7 @@ class Play(NamedTuple):
     """One thing a model can do, told to each kind of model in its own way."""
 
     reply: Reply
-    behaviour: Stream | Refuse
+    behaviour: Stream | Refuse | Whole
 
 
 def calls(*tools: str) -> list[Event]:
@@ -46,6 +48,7 @@ def calls(*tools: str) -> list[Event]:
 
 
 SAYS = Play(Reply("hello", chunks=5), Stream(says(*"hello")))
+WHOLE = Play(Reply("hello"), Whole({"content": "hello"}))
 CALLS = Play(
     Reply("ok", tool_calls=(("bash", {}), ("read", {}))),
     Stream([*words("ok"), *calls("bash", "read"), *ends("tool_calls")]),
@@ -82,13 +85,16 @@ class Unbatched:
         return await self._gateway.card(model)
 
 
-@pytest.fixture(params=["scripted", "retrying", "gateway", "litellm"])
-def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+@pytest.fixture(params=["scripted", "retrying", "gateway", "litellm", "direct"])
+async def make(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Make]:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     if request.param == "litellm":
         load_litellm()  # takes longer than a wait may
     with OpenAIServer() as server:
         settings = ModelSettings(api_base=server.url, max_retries=0)
+        direct = DirectModel(settings)
 
         def make(play: Play) -> Model:
             server.script(play.behaviour)
@@ -100,10 +106,13 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
                     return RetryingModel(scripted, settings)
                 case "gateway":
                     return Unbatched(ModelGateway(scripted))
+                case "direct":
+                    return direct
                 case _:
                     return LitellmModel(settings)
 
         yield make
+        await direct.close()
 
 
 async def collected(model: Model) -> list[TextChunk | ReasoningChunk | Completion]:
@@ -130,6 +139,15 @@ async def test_calls_have_ids_that_are_unique_and_arguments_in_json(make: Make) 
     ]
     assert len({c.tool_call_id for c in last.tool_calls} - {""}) == 2
     assert last.finish_reason == "tool_calls"
+
+
+async def test_unwatched_an_answer_comes_in_one_piece(make: Make) -> None:
+    async with aclosing(make(WHOLE).stream(REQUEST._replace(stream=False))) as stream:
+        *chunks, last = [item async for item in stream]
+    assert chunks == [TextChunk("hello")]
+    assert isinstance(last, Completion)
+    assert (last.text, last.finish_reason) == ("hello", "stop")
+    assert last.usage
 
 
 async def test_reasoning_is_no_text(make: Make) -> None:

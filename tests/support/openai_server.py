@@ -1,6 +1,6 @@
 """A real OpenAI-compatible HTTP server on loopback, in a thread of its own, scripted per test.
 
-It speaks `POST .../chat/completions` with `stream: true` and nothing else. Each request takes the next
+It speaks `POST .../chat/completions` and nothing else. Each request takes the next
 behaviour of `script`, or what `otherwise` makes of it. What came in and who left is recorded.
 
     with OpenAIServer() as server:
@@ -40,6 +40,26 @@ class Stream(NamedTuple):
     events: Sequence[Event]
 
 
+class Whole(NamedTuple):
+    """An answer in one piece."""
+
+    message: dict[str, Any]
+    finish_reason: str = "stop"
+    usage: dict[str, Any] | None = {
+        "prompt_tokens": 7,
+        "completion_tokens": 5,
+        "total_tokens": 12,
+    }
+
+
+class Raw(NamedTuple):
+    """Bytes as they stand, each piece sent for itself."""
+
+    pieces: Iterable[bytes]
+    headers: dict[str, str] = {"Content-Type": "text/event-stream"}
+    status: int = 200
+
+
 class Refuse(NamedTuple):
     status: int
     error: dict[str, Any] = {"message": "the provider's own words", "type": "error"}
@@ -50,7 +70,7 @@ class Silence(NamedTuple):
     """Take the request and never answer."""
 
 
-Behaviour = Stream | Refuse | Silence
+Behaviour = Stream | Whole | Raw | Refuse | Silence
 
 
 @dataclass
@@ -120,7 +140,10 @@ def call(
 
 
 class OpenAIServer:
-    def __init__(self) -> None:
+    def __init__(self, *, keep_alive: bool = False) -> None:
+        """`keep_alive`: connections take one request after another, and `left` is never set."""
+        self.keep_alive = keep_alive
+        self.n_connections = 0
         self.requests: list[Received] = []
         self.otherwise: Callable[[Received], Behaviour] = lambda _: Stream(says("hello"))
         self._script: deque[Behaviour] = deque()
@@ -167,11 +190,16 @@ class OpenAIServer:
         task = asyncio.current_task()
         assert task
         self._connections.add(task)
+        self.n_connections += 1
         try:
-            received = await _read(reader)
-            self.requests.append(received)
-            how = self._script.popleft() if self._script else self.otherwise(received)
-            await _answered(received, how, reader, writer)
+            while True:
+                received = await _read(reader)
+                self.requests.append(received)
+                how = self._script.popleft() if self._script else self.otherwise(received)
+                if not self.keep_alive:
+                    await _answered(received, how, reader, writer)
+                    return
+                await _answer(how, writer, {})
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client went away, or the server stops: nobody awaits this task
         finally:
@@ -182,7 +210,7 @@ class OpenAIServer:
 async def _answered(
     received: Received, how: Behaviour, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    answer = asyncio.ensure_future(_answer(how, writer))
+    answer = asyncio.ensure_future(_answer(how, writer, {"Connection": "close"}))
     # A connection takes one request, so whatever can be read after it is the client's end.
     gone = asyncio.ensure_future(reader.read(1))
     try:
@@ -205,19 +233,41 @@ async def _read(reader: asyncio.StreamReader) -> Received:
     return Received(first.decode().split(" ")[1], headers, json.loads(body))
 
 
-async def _answer(how: Behaviour, writer: asyncio.StreamWriter) -> None:
+async def _answer(how: Behaviour, writer: asyncio.StreamWriter, common: dict[str, str]) -> None:
+    """`common`: headers of every answer."""
     match how:
         case Silence():
             await asyncio.Event().wait()
         case Refuse(status, error, headers):
-            body = json.dumps({"error": error}).encode()
-            lengths = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            writer.write(_head(status, lengths | headers) + body)
+            await _said(status, {"error": error}, common | headers, writer)
+        case Whole(message, finish_reason, counts):
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant"} | message,
+                "finish_reason": finish_reason,
+            }
+            body = _envelope(object="chat.completion", choices=[choice])
+            await _said(200, body | ({"usage": counts} if counts else {}), common, writer)
+        case Raw(pieces, headers, status):
+            writer.write(_head(status, common | headers | {"Transfer-Encoding": "chunked"}))
+            for piece in pieces:
+                writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
             await writer.drain()
         case Stream(events):
             kind = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
-            writer.write(_head(200, kind))
+            writer.write(_head(200, common | kind))
             await _streamed(events, writer)
+
+
+async def _said(
+    status: int, body: dict[str, Any], headers: dict[str, str], writer: asyncio.StreamWriter
+) -> None:
+    content = json.dumps(body).encode()
+    lengths = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    writer.write(_head(status, lengths | headers) + content)
+    await writer.drain()
 
 
 async def _streamed(events: Iterable[Event], writer: asyncio.StreamWriter) -> None:
@@ -254,7 +304,6 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 def _head(status: int, headers: dict[str, str]) -> bytes:
-    headers = headers | {"Connection": "close"}
     lines = [
         f"HTTP/1.1 {status} Scripted",
         *(f"{name}: {value}" for name, value in headers.items()),
