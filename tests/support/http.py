@@ -4,7 +4,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -13,6 +13,9 @@ from serve_app.sse_client import Event, Lines
 
 WAIT_S = 30.0
 """Limit of every wait for a stream: a process may have to start meanwhile."""
+OUTAGE_S = 50.0
+"""Limit of every wait over the death of a process of Serve's: its controller looks every 10 s."""
+AGAIN_S = 0.1
 DELTAS = {"text_delta", "tool_output_delta"}
 
 
@@ -37,11 +40,18 @@ class Heard:
             assert not self.facts or body["seq"] > self.facts[-1]["seq"], body
             self.facts.append(body)
 
+    def has_ended(self, turn: int) -> bool:
+        return any(fact["turn"] == turn for fact in self.of("turn_ended"))
+
     def types(self) -> list[str]:
         return [fact["type"] for fact in self.facts]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [fact for fact in self.facts if fact["type"] == kind]
+
+
+class Away(AssertionError):
+    """Nobody answered for Troupe: a process died, and its successor is not there yet."""
 
 
 class User:
@@ -69,6 +79,18 @@ class User:
     async def sent(self, session_id: str, text: str, **more: Any) -> int:
         """The number of the turn that the message opens."""
         return (await self.command(session_id, "messages", text=text, **more))["turn"]
+
+    async def insisted(self, path: str, key: str, **body: Any) -> dict[str, Any]:
+        """POST again and again, under one key, until it is taken."""
+        async with asyncio.timeout(OUTAGE_S):
+            while True:
+                with suppress(httpx.TransportError):
+                    headers = {"Idempotency-Key": key}
+                    answer = await self.http.post(path, json=body, headers=headers)
+                    if answer.status_code < 500:
+                        assert answer.is_success, answer.text
+                        return answer.json()
+                await asyncio.sleep(AGAIN_S)
 
     async def view(self, session_id: str) -> dict[str, Any]:
         return await self.get(f"/v1/sessions/{session_id}")
@@ -100,10 +122,35 @@ class User:
                     if not events.may_go_on:
                         return heard
 
+    async def all_facts(self, session_id: str) -> list[dict[str, Any]]:
+        """Every fact there is, in one reading from the beginning, as soon as it can be had."""
+        async with asyncio.timeout(OUTAGE_S):
+            while True:
+                with suppress(httpx.TransportError, Away):
+                    return (await self.read(session_id, follow=False)).facts
+                await asyncio.sleep(AGAIN_S)
+
+    async def followed(self, session_id: str, turn: int, *, heard: Heard) -> Heard:
+        """Read to the end of a turn, whatever breaks on the way, as a browser does: again with the
+        last id."""
+
+        def is_end(event: Event) -> bool:
+            return event.type == "turn_ended" and event.data["turn"] == turn
+
+        async with asyncio.timeout(OUTAGE_S):
+            while not heard.has_ended(turn):
+                with suppress(httpx.TransportError, Away):
+                    await self.read(session_id, heard=heard, until=is_end)
+                if not heard.has_ended(turn):
+                    await asyncio.sleep(AGAIN_S)
+        return heard
+
     @asynccontextmanager
     async def events(self, method: str, path: str, **options: Any) -> AsyncGenerator["Stream"]:
         """One response, as long as it lasts. Leaving earlier resets the connection."""
         async with self.http.stream(method, path, **options) as response:
+            if response.status_code >= 500:
+                raise Away(await response.aread())
             assert response.status_code == 200, await response.aread()
             assert response.headers["content-type"].startswith("text/event-stream")
             stream = Stream(response)
@@ -112,7 +159,8 @@ class User:
             finally:
                 if not stream.ended:
                     line = response.extensions["network_stream"].get_extra_info("socket")
-                    reset_on_close(line)
+                    if line.fileno() != -1:  # it may have gone by itself
+                        reset_on_close(line)
 
     async def ended(self, session_id: str, text: str) -> Heard:
         """A whole turn."""
