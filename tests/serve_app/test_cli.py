@@ -194,7 +194,7 @@ def test_a_taken_port_is_refused_by_number() -> None:
 
 
 async def test_nothing_running_is_exit_code_1(tmp_path: Path) -> None:
-    for command in ("status", "down", "chat"):
+    for command in ("status", "down", "roll", "chat"):
         done = await run(tmp_path, command)
         assert done.code == 1
         assert "Nothing runs" in done.output
