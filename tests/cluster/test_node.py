@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 import ray
 
@@ -21,6 +22,7 @@ from agent.faults import Fault, JournalFault
 from agent.journal import Journal, read_all
 from agent.journals import open_journal
 from agent.settings import AgentSettings
+from bench.support.postgres import Postgres
 from tests.cluster.test_manager import host_of, is_delta, pid_of
 from tests.conftest import House
 from tests.contracts import test_journal as contract
@@ -95,6 +97,36 @@ globals().update(
 def test_the_door_is_asked_the_whole_contract() -> None:
     taken = [name for name in globals() if name.startswith("test_") and hasattr(contract, name)]
     assert len(taken) > 20
+
+
+async def test_many_sessions_at_once_share_the_few_connections_of_their_node(
+    turning: Any, tmp_path: Path, postgres: Postgres
+) -> None:
+    """Each journal here is what a session's process has."""
+    db: Any = await asyncpg.connect(postgres.url)  # it has no types
+    name = f"node_{secrets.token_hex(4)}"  # of its own, to count its connections
+    await db.execute(f"CREATE DATABASE {name}")
+    url = postgres.url.removesuffix("/postgres") + f"/{name}"
+    agent = AgentSettings(journal_url=url, storage_dir=tmp_path)
+    await got(turning.turn_to.remote(agent))
+    sessions = [NodeJournal(lambda: turning, timeout_s=START_S) for _ in range(40)]
+    owned = await asyncio.gather(*(begun(journal) for journal in sessions))
+    writing = asyncio.gather(
+        *(
+            journal.append(session_id, epoch, [said(str(n))])
+            for journal, (session_id, epoch) in zip(sessions, owned, strict=True)
+            for n in range(20)
+        )
+    )
+    counting = "SELECT count(*) FROM pg_stat_activity"
+    counts: list[int] = []
+    while not writing.done():
+        counts.append(await db.fetchval(f"{counting} WHERE datname = $1", name))
+    await db.close()
+    await writing
+    assert 1 <= max(counts) <= 4
+    heads = [(await j.row(s)).head for j, (s, _) in zip(sessions, owned, strict=True)]
+    assert heads == [21] * 40
 
 
 @pytest.fixture
