@@ -70,8 +70,8 @@ async def users(world: World, tmp_path: Path) -> AsyncIterator[Users]:
     async with AsyncExitStack() as stack:
         users = Users(world, evidence, stack)
         yield users
-        for session in await users.line.sessions():
-            await users.line.asked("DELETE", f"/v1/sessions/{session['session_id']}")
+    for session in await users.line.sessions():
+        await users.line.asked("DELETE", f"/v1/sessions/{session['session_id']}")
     await users.line.http.aclose()
     assert evidence.violations == []
 
