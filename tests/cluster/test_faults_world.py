@@ -26,6 +26,8 @@ N_SESSIONS = 6
 OTHER = 1
 """The node that is lost."""
 SOON_S = 60.0
+PATIENCE_S = 180.0
+"""A stuck turn is stuck for ever; busy cores need more than the command's default."""
 SAY = {"say": "After all. " * 20, "chunks": 20, "delay_s": 0.1}
 
 
@@ -66,7 +68,7 @@ class Users:
 @pytest.fixture
 async def users(world: World, tmp_path: Path) -> AsyncIterator[Users]:
     """What they find wrong fails the test; what they opened is deleted."""
-    evidence = Evidence(tmp_path / "evidence")
+    evidence = Evidence(tmp_path / "evidence", patience_s=PATIENCE_S)
     async with AsyncExitStack() as stack:
         users = Users(world, evidence, stack)
         yield users
@@ -201,7 +203,7 @@ async def test_nothing_is_violated_by_random_kills(world: World, tmp_path: Path)
     options = options_of(
         ["--minutes", "0.75", "--sessions", str(N_SESSIONS), "--seed", "7", "--period", "4"]
     )
-    evidence = Evidence(tmp_path / "evidence")
+    evidence = Evidence(tmp_path / "evidence", patience_s=PATIENCE_S)
     run = Run(options, world, evidence)
     try:
         await run.run()
