@@ -1,7 +1,9 @@
 """A newer version takes a running house over while its sessions work and its readers read."""
 
 import asyncio
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from serve_app.sse_client import Event, EventReader
 from tests.support.house import puppet
 from tests.support.http import Heard, User
 from tests.support.own_house import OwnHouse, own_environment, own_house
-from tests.support.processes import eventually
+from tests.support.processes import below, eventually, wait_for_ends
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -134,6 +136,30 @@ async def decided(user: User, session_id: str) -> None:
     await user.command(session_id, "approvals", decisions=[decision])
 
 
+def kill_manager(house: OwnHouse) -> None:
+    """It is restarted from what the roll's driver, which is gone, had said."""
+    for pid in below(house.process.pid):
+        if b"ray::SessionManager" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            assert not wait_for_ends([pid], SOON_S)
+            return
+    raise AssertionError("there is no manager")
+
+
+async def opened_in_time(user: User) -> str:
+    found: list[str] = []
+
+    async def opened() -> bool:
+        answer = await user.http.post("/v1/sessions", json={})
+        if answer.status_code != 503:
+            assert answer.status_code == 201, answer.text
+            found.append(answer.json()["session_id"])
+        return bool(found)
+
+    await eventually(opened, SOON_S)
+    return found[0]
+
+
 def written(heard: Heard) -> list[str]:
     return [f["text"][:7] for f in heard.of("tool_finished") if f["tool"] == "write"]
 
@@ -183,10 +209,15 @@ async def test_turns_run_through_a_roll(tmp_path: Path) -> None:
             assert written(await person.ended()) == ["B wrote"]
             assert await n_live(user) == 4
 
+            kill_manager(house)
+            fresh = await opened_in_time(user)
+            assert written(await user.ended(fresh, puppet(WRITE, DONE))) == ["B wrote"]
+
             for listener in (person, streaming, working):
                 facts = (await user.read(listener.session_id, follow=False)).facts
                 assert facts[: len(listener.heard.facts)] == listener.heard.facts
-            for session_id in (idle, *(one.session_id for one in (person, streaming, working))):
+            followed = (one.session_id for one in (person, streaming, working))
+            for session_id in (idle, fresh, *followed):
                 await user.command(session_id, "close")
 
             async def none_lives() -> bool:
