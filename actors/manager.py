@@ -125,9 +125,8 @@ class SessionManager:
                 await self._hosts.give_back(host, clean=False)
 
     def _host_died(self, name: str) -> None:
-        if (
-            self._beginning.done()
-        ):  # before, it is not taken over, and the first sweep sees what it left
+        # Before, it is not taken over, and the first sweep sees what it left.
+        if self._beginning.done():
             self._beginning.result().host_died(name)
 
     async def ready(self) -> bool:

@@ -134,7 +134,9 @@ class RayHosts:
     async def _fill(self) -> None:
         try:
             while len(self._warm) < self._actors.warm_actors and not self._closing:
-                self._warm.append(await self._start())
+                host = await self._start()  # a death meanwhile puts another pool in place of this one
+                if host.alive:
+                    self._warm.append(host)
         except Unavailable as fault:
             log.warning("warm_actor_failed", code=fault.code)
         finally:
@@ -185,7 +187,12 @@ class RayHosts:
         """End a process of ours; its watcher stays quiet."""
         self._all.pop(host.name, None)
         host.alive = False
-        ray.kill(host.handle)
+        try:
+            ray.kill(host.handle)
+        except (RayError, ValueError, ConnectionError) as error:
+            # Ray's own store is away. Slots must be given back all the same; what lives on is found by
+            # the next manager, and can write nothing.
+            log.warning("host_not_killed", host=host.name, error=type(error).__name__)
 
     def survivors(self) -> list[RayHost]:
         """The session actors that a manager before this one left, now watched by this one."""

@@ -176,6 +176,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Otherwise every worker starts through `uv run` and resolves the environment again.
     environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Ray's own is 15, for batch work beside a person's: our workers are what the machine is for.
+    environ.setdefault("RAY_worker_niceness", "0")
     environ.setdefault(
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve_app.patience.middlewares"
     )
