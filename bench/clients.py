@@ -165,7 +165,7 @@ class Ear:
         lines = Lines()
         async for line in response.aiter_lines():
             if event := lines.feed(line):
-                self._take(event)
+                self.take(event)
                 self._cursor = event.cursor or self._cursor
                 if self.is_closed:
                     return
@@ -179,7 +179,7 @@ class Ear:
         self._violated(kind, f"GET events after {self._cursor}: {response.text[:300]}")
         self._cursor = ""
 
-    def _take(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         self.heard_at = time.monotonic()
         if event.type in DELTAS:
             self._take_delta(event.data)

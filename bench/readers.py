@@ -19,17 +19,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from bench.processes import below, snapshot
-from serve_app.cluster import Cluster
-from serve_app.settings import load_settings
+from bench.processes import Kept
+from bench.world import said
 from serve_app.sse_client import Lines
 
 ROLES = {
@@ -61,16 +60,31 @@ def main() -> int:
     parser.add_argument("--readers", type=int, default=0, help="of one session")
     parser.add_argument("--sessions", type=int, default=0, help="with a reader each")
     asked = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="troupe-readers-") as folder,
+        _house(Path(folder), asked) as (url, kept),
+    ):
+        return asyncio.run(_run(url, kept, asked))
+
+
+@contextmanager
+def _house(folder: Path, asked: argparse.Namespace) -> Generator[tuple[str, Kept]]:
+    """A house that ends with this process, however that ends."""
+    environ = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
+    environ |= {"NO_COLOR": "1"}
     if asked.haproxy:
-        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-        os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
-    with tempfile.TemporaryDirectory(prefix="troupe-readers-") as folder:
-        cluster = Cluster(load_settings([_config(Path(folder), asked)]))
-        try:
-            running = cluster.start()
-            return asyncio.run(_run(running.url, asked))
-        finally:
-            cluster.stop()
+        environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    troupe = str(Path(sys.executable).with_name("troupe"))
+    model = ["--model", "scripted/echo"]
+    log = folder / "troupe.log"
+    kept = Kept(log)
+    try:
+        argv = [troupe, "up", "--dev", "--port", "0", *model, "-c", str(_config(folder, asked))]
+        kept.run(argv, env=environ, cwd=folder)
+        text = said(log, "Talk to it with")
+        yield text.partition("URL: ")[2].split()[0], kept
+    finally:
+        kept.end()
 
 
 def _config(folder: Path, asked: argparse.Namespace) -> Path:
@@ -85,14 +99,14 @@ def _config(folder: Path, asked: argparse.Namespace) -> Path:
                     "max_sessions_per_user": n_sessions,
                     "max_readers": max(2000, asked.readers),
                 },
-                "serve": {"port": 0, "dev": True, "stream_max_bytes": STREAM_MAX_BYTES},
+                "serve": {"stream_max_bytes": STREAM_MAX_BYTES},
             }
         )
     )
     return config
 
 
-async def _run(url: str, asked: argparse.Namespace) -> int:
+async def _run(url: str, kept: Kept, asked: argparse.Namespace) -> int:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=WAIT_S, limits=limits) as http:
         good = True
@@ -102,17 +116,17 @@ async def _run(url: str, asked: argparse.Namespace) -> int:
             if asked.sessions:
                 good &= await _of_many_sessions(http, asked.sessions)
         else:
-            good = await _silent(http, asked.silent, asked.mb)
+            good = await _silent(http, kept, asked.silent, asked.mb)
     return 0 if good else 1
 
 
 # -- readers that do not read ---------------------------------------------------------------------
 
 
-async def _silent(http: httpx.AsyncClient, n_silent: int, n_mb: int) -> bool:
-    await _growth(http, 0, max(1, n_mb // 5))  # allocators and caches take their first share
-    alone = await _growth(http, 0, n_mb)
-    beside = await _growth(http, n_silent, n_mb)
+async def _silent(http: httpx.AsyncClient, kept: Kept, n_silent: int, n_mb: int) -> bool:
+    await _growth(http, kept, 0, max(1, n_mb // 5))  # allocators and caches take their first share
+    alone = await _growth(http, kept, 0, n_mb)
+    beside = await _growth(http, kept, n_silent, n_mb)
     print(f"{n_silent} silent readers, {n_mb} MB shown; MiB of memory gained (PSS)")
     print(f"{'role':10}{'without':>10}{'with':>10}{'each':>10}{'bound':>10}")
     worst = 0.0
@@ -125,13 +139,13 @@ async def _silent(http: httpx.AsyncClient, n_silent: int, n_mb: int) -> bool:
     return worst <= BOUND_BYTES
 
 
-async def _growth(http: httpx.AsyncClient, n_silent: int, n_mb: int) -> Counter[str]:
+async def _growth(http: httpx.AsyncClient, kept: Kept, n_silent: int, n_mb: int) -> Counter[str]:
     """What the processes of each role gained at most while a session showed so much."""
     session_id = await _opened(http, "scripted/echo")
-    before = _memory()
+    before = _memory(kept)
     peak: dict[int, int] = dict(before)
     sockets = [_silent_reader(http.base_url, session_id) for _ in range(n_silent)]
-    watching = asyncio.create_task(_watch(peak))
+    watching = asyncio.create_task(_watch(kept, peak))
     try:
         for _ in range(n_mb * 1024**2 // TURN_BYTES):
             turn = await _sent(http, session_id, TEXT)
@@ -144,7 +158,7 @@ async def _growth(http: httpx.AsyncClient, n_silent: int, n_mb: int) -> Counter[
         await asyncio.gather(watching, return_exceptions=True)
         for one in sockets:
             one.close()
-    roles = _roles()
+    roles = _roles(kept)
     gained: Counter[str] = Counter()
     for pid, at_first in before.items():
         if pid in roles:
@@ -163,17 +177,17 @@ def _silent_reader(url: httpx.URL, session_id: str) -> socket.socket:
     return one
 
 
-async def _watch(peak: dict[int, int]) -> None:
+async def _watch(kept: Kept, peak: dict[int, int]) -> None:
     while True:
-        for pid, now in (await asyncio.to_thread(_memory)).items():
+        for pid, now in (await asyncio.to_thread(_memory, kept)).items():
             peak[pid] = max(peak.get(pid, 0), now)
         await asyncio.sleep(SAMPLE_S)
 
 
-def _memory() -> dict[int, int]:
+def _memory(kept: Kept) -> dict[int, int]:
     """Proportional set size in bytes of every process that has a role."""
     found: dict[int, int] = {}
-    for pid in _roles():
+    for pid in _roles(kept):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:
@@ -182,9 +196,9 @@ def _memory() -> dict[int, int]:
     return found
 
 
-def _roles() -> dict[int, str]:
+def _roles(kept: Kept) -> dict[int, str]:
     found: dict[int, str] = {}
-    for process in below(os.getpid(), snapshot()):
+    for process in kept.processes():
         program = process.title.split(" ")[0].rpartition("/")[2]
         for role, begin in ROLES.items():
             if process.title.startswith(begin) or program == begin:
