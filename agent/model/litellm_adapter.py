@@ -152,10 +152,13 @@ def _end_of_stream(source: Any, answer: Answer) -> None:
     # litellm ends a stream that was cut with a finish reason and a usage of its own making. What
     # the provider itself sent stands in these attributes of its wrapper (1.106).
     answer.finish_reason = source.received_finish_reason or source.intermittent_finish_reason
-    reported = any(getattr(chunk, "usage", None) for chunk in source.chunks)
+    reported = [usage for chunk in source.chunks if (usage := getattr(chunk, "usage", None))]
     answer.ended = bool(answer.finish_reason or reported)
     if not reported:
         answer.usage = None
+    elif answer.usage and not any(usage_of(usage).reasoning_tokens for usage in reported):
+        # It counts the reasoning's words where the provider does not say.
+        answer.usage = answer.usage.model_copy(update={"reasoning_tokens": 0})
 
 
 def _end_of_whole(response: Any, answer: Answer) -> None:

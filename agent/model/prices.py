@@ -23,6 +23,7 @@ from agent.settings import ModelSettings, Price
 log = structlog.get_logger()
 
 FILE = "model_prices_and_context_window_backup.json"
+NO_MODELS = ("sample_spec", "fallback_generalizations")
 RATE = re.compile(
     r"(input_cost_per_token|output_cost_per_token|cache_read_input_token_cost)"
     r"(?:_above_(\d+)(k?)_tokens)?"
@@ -83,8 +84,11 @@ def load_table() -> dict[str, Entry]:
     except OSError as error:
         log.warning("price_table_missing", error=type(error).__name__)
         return {}
-    del entries["sample_spec"]
-    return {name: Entry(fields) for name, fields in entries.items() if isinstance(fields, dict)}
+    return {
+        name: Entry(fields)
+        for name, fields in entries.items()
+        if isinstance(fields, dict) and name not in NO_MODELS
+    }
 
 
 async def table_ready() -> None:

@@ -19,7 +19,7 @@ from agent.faults import (
     ModelTimeout,
     ModelUnavailable,
 )
-from agent.model.contract import Completion, Model, ModelRequest, TextChunk
+from agent.model.contract import Completion, Model, ModelRequest, ReasoningChunk, TextChunk
 from agent.model.direct import DirectModel
 from agent.model.litellm_adapter import LitellmModel, load_litellm
 from agent.settings import ModelSettings, Price
@@ -30,6 +30,7 @@ from tests.support.openai_server import (
     Refuse,
     Silence,
     Stream,
+    Whole,
     call,
     chunk,
     ends,
@@ -151,6 +152,60 @@ async def test_calls_that_all_have_the_index_0_stay_apart(
     server.script(Stream([*pieces, *ends("tool_calls")]))
     said = await answer(model())
     assert [c.arguments for c in said.tool_calls] == ['{"n": 0}', '{"n": 1}', '{"n": 2}']
+
+
+async def test_unwatched_an_answer_holds_all_that_a_stream_would(
+    server: OpenAIServer, model: Make
+) -> None:
+    function = {"name": "bash", "arguments": '{"n": 1}'}
+    calls = [{"id": "same", "type": "function", "function": function}] * 2
+    message = {"content": "so", "reasoning_content": "hm", "tool_calls": calls}
+    server.script(Whole(message, "tool_calls"))
+    async with aclosing(model().stream(REQUEST._replace(stream=False))) as stream:
+        *chunks, said = [item async for item in stream]
+    assert not server.requests[0].body.get("stream")
+    assert chunks == [ReasoningChunk("hm"), TextChunk("so")]
+    assert isinstance(said, Completion)
+    assert (said.text, said.reasoning, said.finish_reason) == ("so", "hm", "tool_calls")
+    assert [c.arguments for c in said.tool_calls] == ['{"n": 1}'] * 2
+    assert len({c.tool_call_id for c in said.tool_calls}) == 2
+    assert said.usage
+    assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (7, 5)
+
+
+async def test_unwatched_no_usage_means_no_usage(server: OpenAIServer, model: Make) -> None:
+    server.script(Whole({"content": "so"}, usage=None))
+    said = await answer(model(), REQUEST._replace(stream=False, model="openai/gpt-4o"))
+    assert (said.text, said.usage, said.cost_usd) == ("so", None, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "kind"),
+    [
+        (400, [], ModelRefused),
+        (401, [], ModelAuth),
+        (429, [], ModelRateLimited),
+        (500, [], ModelUnavailable),
+        (500, words("a"), ModelCut),
+        (429, words("a"), ModelRateLimited),
+    ],
+)
+async def test_an_error_inside_a_stream_becomes_its_fault(
+    server: OpenAIServer,
+    model: Make,
+    code: int,
+    before: list[Event],
+    kind: type[ModelFault],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Through `openai/` litellm loses the code.
+    monkeypatch.setenv("HOSTED_VLLM_API_KEY", SECRET)
+    error: Event = {"error": {"message": f"bad {SECRET}", "type": "x", "code": code}}
+    server.script(Stream([*before, error, Mark.DONE]))
+    with pytest.raises(ModelFault) as caught:
+        await answer(model(), REQUEST._replace(model="hosted_vllm/test"))
+    assert type(caught.value) is kind
+    assert SECRET not in f"{caught.value} {caught.value.fields}"
 
 
 async def test_usage_counts_cached_and_reasoning_tokens(server: OpenAIServer, model: Make) -> None:
