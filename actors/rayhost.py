@@ -88,7 +88,9 @@ class RayHost:
             return False
 
     async def hosted(self) -> list[Hosted]:
-        return await answer(self.handle.hosted.remote(), self._lost(), PROBE_WAIT_S)
+        found = await answer(self.handle.hosted.remote(), self._lost(), PROBE_WAIT_S)
+        self.started = True  # it was taken over, so nobody waits for it to be ready
+        return found
 
 
 class RayHosts:
@@ -134,7 +136,9 @@ class RayHosts:
     async def _fill(self) -> None:
         try:
             while len(self._warm) < self._actors.warm_actors and not self._closing:
-                host = await self._start()  # a death meanwhile puts another pool in place of this one
+                host = (
+                    await self._start()
+                )  # a death meanwhile puts another pool in place of this one
                 if host.alive:
                     self._warm.append(host)
         except Unavailable as fault:

@@ -418,7 +418,10 @@ async def test_a_turn_that_kills_its_process_each_time_is_given_up(alice: User, 
 
 @pytest.mark.usefixtures("quiet")
 async def test_a_process_that_was_paused_and_replaced_ends_and_writes_nothing(alice: User) -> None:
+    """Under a manager that began after it: what was taken over is watched as what was started."""
     run = await Run.at(alice, POINTS["acting"], seconds="600.{mark}")
+    cluster.kill(*await cluster.pids_of("manager"))
+    await cluster.manager_answers()
     pid = await cluster.session_pid(run.session_id)
     [*old] = await asyncio.to_thread(processes, run.mark)
     assert old
