@@ -136,9 +136,8 @@ class RayHosts:
     async def _fill(self) -> None:
         try:
             while len(self._warm) < self._actors.warm_actors and not self._closing:
-                host = (
-                    await self._start()
-                )  # a death meanwhile puts another pool in place of this one
+                # First: a death meanwhile puts another pool in the place of this one.
+                host = await self._start()
                 if host.alive:
                     self._warm.append(host)
         except Unavailable as fault:
