@@ -70,10 +70,10 @@ def main() -> int:
 @contextmanager
 def _house(folder: Path, asked: argparse.Namespace) -> Generator[tuple[str, Kept]]:
     """A house that ends with this process, however that ends."""
-= {"NO_COLOR": "1"}= {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
-= {"NO_COLOR": "1"}|= {"NO_COLOR": "1"}
+    environ = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
+    environ |= {"NO_COLOR": "1"}
     if asked.haproxy:
-    = {"NO_COLOR": "1"}|= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+        environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     troupe = str(Path(sys.executable).with_name("troupe"))
     model = ["--model", "scripted/echo"]
     log = folder / "troupe.log"
