@@ -209,7 +209,7 @@ async def open_session(
     body: bodies.OpenIn | None = None,
     x_hf_token: Annotated[
         str | None,
-        Header(pattern="^[!-~]{1,1024}$", description="For tools; kept in memory only"),
+        Header(pattern="^[!-~]{1,1024}$", description="For tools; never kept in plain text"),
     ] = None,
 ) -> bodies.SessionOut:
     body = body or bodies.OpenIn()

@@ -30,7 +30,7 @@ class ToolScope(NamedTuple):
     show: Callable[[str], None]
     """Preview output as it appears: shown to readers, not stored, not told to the model."""
     user_token: str | None = None
-    """The user's own token for tools (X-HF-Token). In memory only: never into a result."""
+    """The user's own token for tools (X-HF-Token). Never into a result: results are kept in plain text."""
 
 
 class Tool(Protocol):
