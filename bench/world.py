@@ -31,6 +31,8 @@ START_S = 180.0
 """For a part to say that it is there: half a minute on two idle cores, minutes on busy ones."""
 DOWN_S = 120.0
 OBJECT_STORE_BYTES = 100_000_000
+CPUS = 4
+"""Of a node. Actors here need none; a raylet starts as many processes at once."""
 
 ROLES: dict[str, str] = {
     "session": "ray::SessionActor",
@@ -150,7 +152,7 @@ class World:
         """`ray start` on a node that has no processes."""
         node = self.nodes[number]
         client, metrics, agent, agent_grpc, dashboard = free_ports(5)
-        argv = [str(PROGRAMS / "ray"), "start", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
+        argv = [str(PROGRAMS / "ray"), "start", f"--num-cpus={CPUS}", "--node-ip-address=127.0.0.1"]
         argv += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--metrics-export-port={metrics}"]
         argv += [f"--dashboard-agent-listen-port={agent}"]
         argv += [f"--dashboard-agent-grpc-port={agent_grpc}"]
