@@ -1,5 +1,6 @@
 """What only the direct way does, or does better than litellm: connections, bounds, odd servers."""
 
+import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -15,8 +16,10 @@ from agent.faults import (
     ModelFault,
     ModelRateLimited,
     ModelRefused,
+    ModelTimeout,
     ModelUnavailable,
 )
+from agent.model.answers import Pace
 from agent.model.contract import Completion, ModelRequest, ReasoningChunk, TextChunk
 from agent.model.direct import MAX_EVENT_BYTES, DirectModel
 from agent.settings import ModelSettings
@@ -217,3 +220,13 @@ async def test_a_compressed_event_is_measured_uncompressed(
     bomb = gzip.compress(b"x" * (MAX_EVENT_BYTES * 4))
     server.script(raw(bomb, **{"Content-Encoding": "gzip"}))
     assert type(await fault(model)) is ModelFault
+
+
+async def test_an_answer_in_one_piece_has_no_first_token() -> None:
+    settings = ModelSettings(first_token_s=0.01, whole_call_s=5)
+    late = 0.05  # the subject: longer than the limit of a first token
+    assert (
+        await Pace(settings, REQUEST._replace(stream=False)).of(asyncio.sleep(late, "all")) == "all"
+    )
+    with pytest.raises(ModelTimeout):
+        await Pace(settings, REQUEST).of(asyncio.sleep(late))
