@@ -294,27 +294,35 @@ class Desk:
         session_id = lease.session_id
         token = await self._tokens.find(session_id)
         try:
-            host, epoch = await self._adopted(session_id, token, on)
-        except Unavailable:  # a warm host may have died unseen
-            host, epoch = await self._adopted(session_id, token)
+            host, epoch = await self._adopted(lease, token, on)
+        except Unavailable:
+            if not self.ledger.holds(lease):
+                raise
+            # a warm host may have died unseen
+            host, epoch = await self._adopted(lease, token)
         if not host.alive:
             raise Unavailable("The session's process died.", retry_after_s=1)
         if not self.ledger.confirm(lease, epoch):
             await host.end(session_id)
             await self._hosts.give_back(host, clean=False)
-            raise Unavailable("The session took too long to start.", retry_after_s=RETRY_AFTER_S)
+            raise _too_late()
         route = Route(host.name, epoch)
         self._placed[session_id] = (host, route)
         self._announce(session_id)
         return route
 
     async def _adopted(
-        self, session_id: str, token: str | None, on: Host | None = None
+        self, lease: Lease, token: str | None, on: Host | None = None
     ) -> tuple[Host, int]:
         host = on or await self._hosts.acquire()
+        # Where many wait for a process, it may come after the reservation is over. Then it serves the
+        # next: were it ended, every process would come too late for as long as the queue is long.
+        if not self.ledger.renew(lease):
+            await self._hosts.give_back(host, clean=True)
+            raise _too_late()
         async with AsyncExitStack() as unless_adopted:
             unless_adopted.push_async_callback(self._hosts.give_back, host, clean=False)
-            epoch = await host.adopt(session_id, token)
+            epoch = await host.adopt(lease.session_id, token)
             unless_adopted.pop_all()
         return host, epoch
 
@@ -665,6 +673,10 @@ def _session_id(who: Principal, key: str | None) -> str:
     if key is None:
         return uuid.uuid4().hex
     return uuid.uuid5(uuid.NAMESPACE_URL, f"troupe:open:{who.user_id}\n{key}").hex
+
+
+def _too_late() -> Unavailable:
+    return Unavailable("The session took too long to start.", retry_after_s=RETRY_AFTER_S)
 
 
 def _at_capacity(refusal: Refusal) -> AtCapacity:

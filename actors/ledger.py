@@ -99,6 +99,13 @@ class Ledger:
             lease.noted, lease.idle_since_s = (epoch, 0), self._now_s()
         return True
 
+    def renew(self, lease: Lease) -> bool:
+        """A reservation counts from now on. False: it expired, the slot may be another's."""
+        if not self.holds(lease):
+            return False
+        lease.taken_at_s = self._now_s()
+        return True
+
     def keep(self, lease: Lease) -> None:
         """The session died and may come back at once: its slot is reserved for that. One that was
         leaving gives it back."""

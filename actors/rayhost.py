@@ -124,9 +124,17 @@ class RayHosts:
         return len(self._warm)
 
     async def acquire(self) -> RayHost:
-        host = self._warm.popleft() if self._warm else await self._start()
+        host = await self._warm_or_new()
         self.keep_warm()
         return host
+
+    async def _warm_or_new(self) -> RayHost:
+        """A host that was given back while this waited for its start is as good."""
+        if not self._warm:
+            async with self._starting:
+                if not self._warm:
+                    return await self._started()
+        return self._warm.popleft()
 
     def keep_warm(self) -> None:
         """Have the pool filled in the background, one at a time."""
@@ -137,7 +145,8 @@ class RayHosts:
         try:
             while len(self._warm) < self._actors.warm_actors and not self._closing:
                 # First: a death meanwhile puts another pool in the place of this one.
-                host = await self._start()
+                async with self._starting:
+                    host = await self._started()
                 if host.alive:
                     self._warm.append(host)
         except Unavailable as fault:
@@ -145,15 +154,14 @@ class RayHosts:
         finally:
             self._refill = None
 
-    async def _start(self) -> RayHost:
+    async def _started(self) -> RayHost:
         name = named(self._generation)
-        async with self._starting:
-            host = self._known(name, session_actor(name, self._agent, self._actors))
-            try:
-                await host.ready()
-            except Unavailable:
-                self._kill(host)
-                raise
+        host = self._known(name, session_actor(name, self._agent, self._actors))
+        try:
+            await host.ready()
+        except Unavailable:
+            self._kill(host)
+            raise
         return host
 
     def _known(self, name: str, handle: Any) -> RayHost:

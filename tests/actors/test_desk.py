@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from actors.desk import MAX_MOVES, Route
+from actors.desk import MAX_MOVES, Desk, Host, Route
 from actors.gateway import ModelGateway
-from actors.local import LocalSessions
+from actors.host import SessionHost
+from actors.kit import Kit
+from actors.local import LocalHosts, LocalSessions
 from actors.protocol import (
     AtCapacity,
     Close,
@@ -26,7 +28,8 @@ from agent.faults import Fenced, JournalFault, ModelFault
 from agent.journal_memory import MemoryJournal
 from agent.model.contract import ModelRequest
 from agent.transcript import render
-from tests.support.house import ALICE, BOB, SOON_S, Echo, follow, kit_for, local_house
+from tests.support.house import ALICE, BOB, KNOWN, SOON_S, Echo, follow, kit_for, local_house
+from tests.support.processes import eventually
 from tests.support.stand import SlowJournal
 
 Make = Callable[..., Any]
@@ -43,6 +46,33 @@ class FailingJournal(MemoryJournal):
         if self.fails:
             raise JournalFault("The journal did not answer.")
         return await super().append(*args)
+
+
+class LateHosts(LocalHosts):
+    """Hosts come when `gate` is open, one at a time; an empty one serves again."""
+
+    def __init__(self, kit: Kit) -> None:
+        super().__init__(kit)
+        self.gate = asyncio.Event()
+        self.n_waiting = 0
+        self.n_started = 0
+        self._one = asyncio.Lock()
+        self._warm: list[SessionHost] = []
+
+    async def acquire(self) -> SessionHost:
+        self.n_waiting += 1
+        await self.gate.wait()
+        async with self._one:
+            if self._warm:
+                return self._warm.pop()
+            self.n_started += 1
+            return await super().acquire()
+
+    async def give_back(self, host: Host, *, clean: bool) -> None:
+        if clean:
+            self._warm.append(self.by_name[host.name])
+        else:
+            await super().give_back(host, clean=False)
 
 
 @pytest.fixture
@@ -310,3 +340,31 @@ async def test_commands_to_a_session_that_wakes_have_a_limit(house: Make) -> Non
     done = await asyncio.gather(*asking, return_exceptions=True)
     assert sum(not isinstance(one, BaseException) for one in done) == MAX_MOVES // 2
     await sessions.submit(ALICE, session_id, SwitchModel(model="scripted/echo"))
+
+
+async def test_a_process_that_comes_too_late_for_one_serves_the_next(tmp_path: Path) -> None:
+    """Were it ended, every process would come too late for as long as the queue is long."""
+    now_s = 0.0
+    kit = kit_for(tmp_path, tools=[Echo()], actors=ONE, now_s=lambda: now_s)
+    hosts = LateHosts(kit)
+    desk = hosts.desk = Desk(kit, hosts, KNOWN, default_model=None)
+    late = asyncio.create_task(desk.open(ALICE, Open(agent="tester", message_id="late")))
+
+    async def waits(n: int) -> bool:
+        return hosts.n_waiting == n
+
+    await eventually(lambda: waits(1), SOON_S)
+    now_s += ONE.reservation_s + 1
+    next_one = asyncio.create_task(desk.open(BOB, Open(agent="tester")))
+    await eventually(lambda: waits(2), SOON_S)
+    hosts.gate.set()
+    with pytest.raises(Unavailable):
+        await late
+    view = await next_one
+    assert hosts.n_started == 1
+    assert (await desk.capacity(BOB)).live == 1
+    assert await desk.live_among([view.session_id]) == {view.session_id}
+    [row] = (await kit.journal.rows("alice", limit=5)).rows
+    assert row.epoch == 0, "nothing lived in vain"
+    await desk.drain()
+    await desk.close()
