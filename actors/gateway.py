@@ -37,8 +37,6 @@ MAX_ONGOING = 5000
 BUFFER_ITEMS = 256
 """Chunks that wait for a slow session before the provider's stream is held back."""
 HEARTBEAT_S = 15.0
-SILENCE_S = 60.0
-"""Four heartbeats. Also the limit for finding a replica at all."""
 LOST_PAUSE_S = 1.0
 """Before it is told: who asked again at once would be sent to the same dead replica."""
 
@@ -143,9 +141,13 @@ def gateway_app(
 
 
 class GatewayModel:
-    """The gateway as a Model, for session actors. Finds the deployment at the first call."""
+    """The gateway as a Model, for session actors. Finds the deployment at the first call.
 
-    def __init__(self, *, app_name: str = APP, silence_s: float = SILENCE_S) -> None:
+    `silence_s`: a replica that sends nothing, not even its heartbeat, for this long is lost. Also the
+    limit for finding one at all.
+    """
+
+    def __init__(self, silence_s: float, *, app_name: str = APP) -> None:
         self._app_name = app_name
         self._silence_s = silence_s
         self._handle: DeploymentHandle[Any] | None = None

@@ -49,7 +49,7 @@ async def _sessions_kit(name: str, agent: AgentSettings, actors: ActorsSettings)
 def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     return Kit(
         journal=journal,
-        model=GatewayModel(),
+        model=GatewayModel(actors.gateway_silence_s),
         agent=agent,
         actors=actors,
         snapshots=Snapshots(agent.storage, agent.storage_dir),

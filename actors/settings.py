@@ -27,6 +27,8 @@ class ActorsSettings(Section):
     """Sessions that an actor process hosts, one after another, before it is replaced."""
     call_timeout_s: float = Field(default=60.0, gt=0)
     """Limit of one call between the edge, the manager and a session actor."""
+    gateway_silence_s: float = Field(default=60.0, ge=20)
+    """A model gateway that sends nothing for this long, not even its heartbeat of 15 s, is lost."""
     page_wait_s: float = Field(default=10.0, gt=0, le=15)
     """Limit of one wait of a reader; the stream's heartbeat."""
     close_wait_s: float = Field(default=30.0, gt=0)

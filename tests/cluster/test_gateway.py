@@ -39,6 +39,9 @@ APP = "gateway-under-test"
 """Beside the gateway of the house, which other tests use."""
 PROVIDER_MODEL = "hosted_vllm/test"
 """Speaks OpenAI's protocol and needs no key in the replica's environment."""
+SILENCE_S = 60.0
+SHORT_SILENCE_S = 5.0
+"""Shorter than a replica's heartbeat, and enough to find one."""
 
 
 def puppet(script: str) -> ModelRequest:
@@ -138,7 +141,7 @@ class Session:
     """The place of a session actor: one loop, a GatewayModel."""
 
     def __init__(self) -> None:
-        self._model = GatewayModel(app_name=APP)
+        self._model = GatewayModel(SILENCE_S, app_name=APP)
         self._reading: asyncio.Task[Any] | None = None
 
     async def asked(self, request: ModelRequest) -> list[Any]:
@@ -254,9 +257,20 @@ def test_a_killed_replica_is_a_lost_call_and_the_next_call_works(session: Any) -
     assert got(session.asked.remote(puppet("- {say: b}")))[-1].text == "b"
 
 
+def test_a_replica_that_falls_silent_is_lost(gateway: None) -> None:
+    async def asked() -> None:
+        model = GatewayModel(SHORT_SILENCE_S, app_name=APP)
+        async with aclosing(model.stream(puppet("- {say: a, hang: true}"))) as stream:
+            assert (await anext(stream)).text == "a"
+            with pytest.raises(ModelLost):
+                await anext(stream)
+
+    asyncio.run(asked())
+
+
 def test_without_a_gateway_a_call_is_lost(gateway: None) -> None:
     async def asked() -> None:
-        model = GatewayModel(app_name="troupe-nowhere")
+        model = GatewayModel(SILENCE_S, app_name="troupe-nowhere")
         async with aclosing(model.stream(puppet("- {say: a}"))) as stream:
             await anext(stream)
 
