@@ -24,7 +24,9 @@ from agent.events import (
     ToolOutputDelta,
     Usage,
 )
+from agent.settings import load
 from serve_app.routes import health, router
+from serve_app.settings import TroupeSettings
 
 ROOT = Path(__file__).parent.parent
 EVENTS = (ROOT / "docs" / "events.md").read_text()
@@ -183,3 +185,20 @@ def test_the_kubernetes_file_is_one_job_with_a_head_alone() -> None:
     (head,) = template["spec"]["containers"]
     assert {mount["name"] for mount in head["volumeMounts"]} == volumes
     assert by_kind["Service"]["spec"]["selector"] == template["metadata"]["labels"]
+
+
+def test_the_kubernetes_file_of_several_nodes_keeps_nothing_that_must_last_on_one() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "configs/kuberay/raycluster.yaml").read_text()))
+    by_kind = {document["kind"]: document for document in documents}
+    spec = by_kind["RayCluster"]["spec"]
+    assert "redisAddress" in spec["gcsFaultToleranceOptions"]
+    head, (workers,) = spec["headGroupSpec"]["template"], spec["workerGroupSpecs"]
+    for group in (head, workers["template"]):
+        (container,) = group["spec"]["containers"]
+        environ = {each["name"]: each["value"] for each in container["env"]}
+        settings = load(TroupeSettings, environ=environ)
+        assert settings.agent.journal_url.startswith("postgresql://")
+        assert settings.agent.storage.url
+        assert not any("persistentVolumeClaim" in volume for volume in group["spec"]["volumes"])
+    assert by_kind["RayJob"]["spec"]["clusterSelector"] == {"ray.io/cluster": "troupe"}
+    assert by_kind["Service"]["spec"]["selector"] == head["metadata"]["labels"]
