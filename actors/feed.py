@@ -135,8 +135,11 @@ class Feed:
         """What was shown after a cursor that the ring covers; empty at the end.
 
         Consecutive deltas of one part come as one. With `turn`, only that turn's, and `end` with its
-        last. A cursor beyond the head (of another journal, or made up) reads from here on.
+        last. A cursor beyond the head waits there: whoever read the journal may have a fact that is
+        not shown yet, and would get it again from anywhere before it.
         """
+        if cursor.seq > self.head:
+            return Page((), cursor)
         exact = self._is_exact(cursor)
         builder = _PageBuilder(cursor, turn)
         for shown in self._ring:

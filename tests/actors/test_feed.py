@@ -113,14 +113,22 @@ def test_a_cursor_of_an_earlier_epoch_gets_the_live_text_again() -> None:
     assert reader.facts == []
 
 
-def test_a_made_up_cursor_reads_from_here_on() -> None:
-    session, reader = Session(stored=2), Reader()
-    reader.cursor = Cursor(10**9, EPOCH, 10**9)
-    session.fact(PlanUpdated(items=()))
+def test_who_read_a_fact_in_the_journal_before_it_was_shown_does_not_get_it_again() -> None:
+    session, reader = Session(stored=1), Reader()
+    session.read_all(reader)
+    record = Record(2, EPOCH, AT, PlanUpdated(items=()))
+    session.records.append(record)
+    for frame in page_of((record,), reader.cursor, None).frames:
+        reader.take(frame)
+    reader.cursor = Cursor(2)
+    session.read_all(reader)
+    session.feed.show_records((record,))
+    session.text("p", 0, "and on")
     session.read_all(reader)
     session.fact(TurnEnded(turn=1, reason="done"))
     session.read_all(reader)
-    assert reader.types() == ["turn_ended"]
+    assert [fact["seq"] for fact in reader.facts] == [1, 2, 3]
+    assert reader.parts == {"p": "and on"}
 
 
 def test_a_reader_of_one_turn_sees_that_turn_to_its_end() -> None:
