@@ -12,34 +12,25 @@ Exit code 1: a bound or a reader was missed.
 
 import argparse
 import asyncio
-import json
-import os
 import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from bench.processes import Kept
-from bench.world import said
+from bench.world import World, role_of
 from serve_app.sse_client import Lines
 
-ROLES = {
-    "session": "ray::SessionActor",
-    "manager": "ray::SessionManager",
-    "gateway": "ray::ServeReplica:troupe-gateway",
-    "edge": "ray::ServeReplica:troupe:edge",
-    "proxy": "ray::ProxyActor",
-    "haproxy": "haproxy",
-}
-"""Which role a process has, by the beginning of its title or its program's name."""
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+BUFFERING = ("session", "manager", "gateway", "edge", "proxy", "haproxy")
+"""The roles on the way from a session to its readers."""
 TEXT = "x" * 90_000
 TURN_BYTES = 3 * len(TEXT)
 """What one turn of an echo shows: the message, the preview, the answer."""
@@ -62,53 +53,28 @@ def main() -> int:
     asked = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="troupe-readers-") as folder,
-        _house(Path(folder), asked) as (url, kept),
+        World(
+            Path(folder), settings=_settings(asked), env=HAPROXY if asked.haproxy else {}
+        ) as world,
     ):
-        return asyncio.run(_run(url, kept, asked))
+        return asyncio.run(_run(world, asked))
 
 
-@contextmanager
-def _house(folder: Path, asked: argparse.Namespace) -> Generator[tuple[str, Kept]]:
-    """A house that ends with this process, however that ends."""
-    environ = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
-    environ |= {"NO_COLOR": "1"}
-    if asked.haproxy:
-        environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    troupe = str(Path(sys.executable).with_name("troupe"))
-    model = ["--model", "scripted/echo"]
-    log = folder / "troupe.log"
-    kept = Kept(log)
-    try:
-        argv = [troupe, "up", "--dev", "--port", "0", *model, "-c", str(_config(folder, asked))]
-        kept.run(argv, env=environ, cwd=folder)
-        text = said(log, "Talk to it with")
-        yield text.partition("URL: ")[2].split()[0], kept
-    finally:
-        kept.end()
-
-
-def _config(folder: Path, asked: argparse.Namespace) -> Path:
-    config = folder / "bench.yaml"
+def _settings(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     n_sessions = max(10, asked.sessions + 2)
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "agent": {"storage_dir": str(folder)},
-                "actors": {
-                    "max_sessions": n_sessions,
-                    "max_sessions_per_user": n_sessions,
-                    "max_readers": max(2000, asked.readers),
-                },
-                "serve": {"stream_max_bytes": STREAM_MAX_BYTES},
-            }
-        )
-    )
-    return config
+    return {
+        "actors": {
+            "max_sessions": n_sessions,
+            "max_sessions_per_user": n_sessions,
+            "max_readers": max(2000, asked.readers),
+        },
+        "serve": {"stream_max_bytes": STREAM_MAX_BYTES},
+    }
 
 
-async def _run(url: str, kept: Kept, asked: argparse.Namespace) -> int:
+async def _run(world: World, asked: argparse.Namespace) -> int:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=WAIT_S, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=world.url, timeout=WAIT_S, limits=limits) as http:
         good = True
         if asked.readers or asked.sessions:
             if asked.readers:
@@ -116,21 +82,21 @@ async def _run(url: str, kept: Kept, asked: argparse.Namespace) -> int:
             if asked.sessions:
                 good &= await _of_many_sessions(http, asked.sessions)
         else:
-            good = await _silent(http, kept, asked.silent, asked.mb)
+            good = await _silent(http, world, asked.silent, asked.mb)
     return 0 if good else 1
 
 
 # -- readers that do not read ---------------------------------------------------------------------
 
 
-async def _silent(http: httpx.AsyncClient, kept: Kept, n_silent: int, n_mb: int) -> bool:
-    await _growth(http, kept, 0, max(1, n_mb // 5))  # allocators and caches take their first share
-    alone = await _growth(http, kept, 0, n_mb)
-    beside = await _growth(http, kept, n_silent, n_mb)
+async def _silent(http: httpx.AsyncClient, world: World, n_silent: int, n_mb: int) -> bool:
+    await _growth(http, world, 0, max(1, n_mb // 5))  # allocators and caches take their first share
+    alone = await _growth(http, world, 0, n_mb)
+    beside = await _growth(http, world, n_silent, n_mb)
     print(f"{n_silent} silent readers, {n_mb} MB shown; MiB of memory gained (PSS)")
     print(f"{'role':10}{'without':>10}{'with':>10}{'each':>10}{'bound':>10}")
     worst = 0.0
-    for role in ROLES:
+    for role in BUFFERING:
         if role in beside:
             each = (beside[role] - alone.get(role, 0)) / n_silent
             worst = max(worst, each)
@@ -139,13 +105,13 @@ async def _silent(http: httpx.AsyncClient, kept: Kept, n_silent: int, n_mb: int)
     return worst <= BOUND_BYTES
 
 
-async def _growth(http: httpx.AsyncClient, kept: Kept, n_silent: int, n_mb: int) -> Counter[str]:
+async def _growth(http: httpx.AsyncClient, world: World, n_silent: int, n_mb: int) -> Counter[str]:
     """What the processes of each role gained at most while a session showed so much."""
     session_id = await _opened(http, "scripted/echo")
-    before = _memory(kept)
+    before = _memory(world)
     peak: dict[int, int] = dict(before)
     sockets = [_silent_reader(http.base_url, session_id) for _ in range(n_silent)]
-    watching = asyncio.create_task(_watch(kept, peak))
+    watching = asyncio.create_task(_watch(world, peak))
     try:
         for _ in range(n_mb * 1024**2 // TURN_BYTES):
             turn = await _sent(http, session_id, TEXT)
@@ -158,7 +124,7 @@ async def _growth(http: httpx.AsyncClient, kept: Kept, n_silent: int, n_mb: int)
         await asyncio.gather(watching, return_exceptions=True)
         for one in sockets:
             one.close()
-    roles = _roles(kept)
+    roles = _roles(world)
     gained: Counter[str] = Counter()
     for pid, at_first in before.items():
         if pid in roles:
@@ -177,17 +143,17 @@ def _silent_reader(url: httpx.URL, session_id: str) -> socket.socket:
     return one
 
 
-async def _watch(kept: Kept, peak: dict[int, int]) -> None:
+async def _watch(world: World, peak: dict[int, int]) -> None:
     while True:
-        for pid, now in (await asyncio.to_thread(_memory, kept)).items():
+        for pid, now in (await asyncio.to_thread(_memory, world)).items():
             peak[pid] = max(peak.get(pid, 0), now)
         await asyncio.sleep(SAMPLE_S)
 
 
-def _memory(kept: Kept) -> dict[int, int]:
+def _memory(world: World) -> dict[int, int]:
     """Proportional set size in bytes of every process that has a role."""
     found: dict[int, int] = {}
-    for pid in _roles(kept):
+    for pid in _roles(world):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:
@@ -196,13 +162,13 @@ def _memory(kept: Kept) -> dict[int, int]:
     return found
 
 
-def _roles(kept: Kept) -> dict[int, str]:
+def _roles(world: World) -> dict[int, str]:
     found: dict[int, str] = {}
-    for process in kept.processes():
+    for process in world.processes():
         program = process.title.split(" ")[0].rpartition("/")[2]
-        for role, begin in ROLES.items():
-            if process.title.startswith(begin) or program == begin:
-                found[process.pid] = role
+        role = "haproxy" if program == "haproxy" else role_of(process)
+        if role in BUFFERING:
+            found[process.pid] = role
     return found
 
 
@@ -256,6 +222,8 @@ async def _read(
     async with asyncio.timeout(WAIT_S):
         while not ended:
             async with _stream(http, session_id, turn, cursor) as lines:
+                if lines is None:
+                    continue
                 if ready is not None:
                     ready.release()
                     ready = None
@@ -290,10 +258,12 @@ async def _stream(
     headers = {"Last-Event-ID": cursor} if cursor else {}
     path = f"/v1/sessions/{session_id}/events"
     async with http.stream("GET", path, params={"turn": turn}, headers=headers) as response:
-        if response.status_code != 200:
-            body = json.loads(await response.aread())
-            raise SystemExit(f"a reader was refused: {response.status_code} {body['code']}")
-        yield response.aiter_lines()
+        if response.status_code == 429:  # too many come at once: as a client should
+            await asyncio.sleep(float(response.headers["retry-after"]))
+            yield None
+        else:
+            response.raise_for_status()
+            yield response.aiter_lines()
 
 
 async def _opened(http: httpx.AsyncClient, model: str) -> str:

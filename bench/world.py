@@ -73,7 +73,7 @@ class Node:
 class World:
     """Up from `start` to `stop`; a context manager does both.
 
-    `settings` go over Troupe's defaults, section by section.
+    `settings` go over Troupe's defaults, section by section; `env` over the environment of all.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class World:
         redis: bool = False,
         database: Any = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
         self.storage = directory / "storage"
@@ -96,7 +97,7 @@ class World:
         self.settings = settings or {}
         self._ends = ExitStack()
         self._ray_port, self._redis_port = free_ports(2)
-        self._env = _environment()
+        self._env = _environment() | dict(env or {})
         self._address = ""
         self._ray_dir = Path(f"/tmp/troupe-world-{self._ray_port}")
         self._gcs: tuple[list[str], dict[str, str]] | None = None
