@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -267,9 +268,14 @@ async def _stream(
 
 
 async def _opened(http: httpx.AsyncClient, model: str) -> str:
-    answer = await http.post("/v1/sessions", json={"model": model})
-    answer.raise_for_status()
-    return answer.json()["session_id"]
+    key = {"Idempotency-Key": uuid.uuid4().hex}
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            answer = await http.post("/v1/sessions", json={"model": model}, headers=key)
+            if answer.status_code not in {429, 503}:  # its process did not start in time
+                answer.raise_for_status()
+                return answer.json()["session_id"]
+            await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
 
 
 async def _sent(http: httpx.AsyncClient, session_id: str, text: str) -> int:
