@@ -59,6 +59,7 @@ ENVIRONMENT_READERS = {
 
 CATCH_ALL = {
     "agent/faults.py": "boundary(): foreign exceptions become one class, once",
+    "serve_app/cluster.py": "Ray raises a bare Exception where its start takes too long",
     "serve_app/app.py": "the last resort: whatever reaches the edge is logged and becomes a 500 problem",
     "agent/tools/router.py": "whatever a tool raises is that call's `error` result",
     "agent/model/litellm_adapter.py": "litellm raises anything; it becomes one of ours, once",
