@@ -273,8 +273,12 @@ async def test_turns_go_on_when_the_manager_and_their_processes_die_together(
     assert ended == {"asking": "approval"} | dict.fromkeys(
         ("acting", "streaming", "accepted"), "done"
     )
-    for name, run in runs.items():
-        assert await run.activations() == ["opened"] + ["recovered"] * (name != "asking")
+    # A short one may have ended while the pids were asked for, and then nothing is to be taken up.
+    taken_up = {name: await run.activations() for name, run in runs.items()}
+    assert taken_up["acting"] == ["opened", "recovered"]
+    assert taken_up["asking"] == ["opened"]
+    assert all(found in (["opened"], ["opened", "recovered"]) for found in taken_up.values())
+    for run in runs.values():
         await no_process_with(run.mark)
     assert (await runs["asking"].approved())["reason"] == "done"
 

@@ -72,6 +72,14 @@ def end_at_the_second_signal(house: OwnHouse) -> None:
     assert wait_for_ends(everyone, END_S) == set()
 
 
+def left_in_good_order(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """Nothing but the session's leaving came to its facts."""
+    assert after[: len(before)] == before
+    leaving = [f["type"] for f in after[len(before) :] if f["type"] != "workspace_saved"]
+    assert leaving == ["sandbox_closed", "passivated"]
+    assert after[-1]["reason"] == "shutdown"
+
+
 async def test_sessions_outlive_a_stop_and_a_kill_of_the_whole_house(tmp_path: Path) -> None:
     """One test, since a house takes half a minute of a small machine to start."""
     mark = new_mark()
@@ -101,8 +109,7 @@ async def test_sessions_outlive_a_stop_and_a_kill_of_the_whole_house(tmp_path: P
             assert (await user.view(closed))["status"] == "closed"
             assert (await user.get("/v1/capacity"))["live"] == 1
             assert [await user.messages(each) for each in (idle, closed)] == messages
-            [*before, last] = await facts_of(user, idle)
-            assert (before, last["type"], last["reason"]) == (facts, "passivated", "shutdown")
+            left_in_good_order(facts, await facts_of(user, idle))
             read = {"call": "read", "args": {"path": "n.txt"}}
             told = await user.ended(idle, puppet(read, {"say": "ok"}))
             assert "kept" in told.of("tool_finished")[0]["text"]
