@@ -83,7 +83,7 @@ def left_in_good_order(before: list[dict[str, Any]], after: list[dict[str, Any]]
 async def test_sessions_outlive_a_stop_and_a_kill_of_the_whole_house(tmp_path: Path) -> None:
     """One test, since a house takes half a minute of a small machine to start."""
     mark = new_mark()
-    with own_house(tmp_path, drain_s=0.5, close_wait_s=20.0) as first:
+    with own_house(tmp_path, drain_s=0.5) as first:
         async with first.user() as user:
             idle = await user.opened(title="idle")
             write = {"call": "write", "args": {"path": "n.txt", "content": "kept"}}

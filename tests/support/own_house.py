@@ -75,7 +75,7 @@ def own_house(storage_dir: Path, **actors: Any) -> Generator[OwnHouse]:
             "agents_dir": str(AGENTS),
             "default_agent": "tester",
         },
-        "actors": {"close_wait_s": 1.0, "page_wait_s": 0.2, **actors},
+        "actors": {"close_wait_s": 20.0, "page_wait_s": 0.2, **actors},
     }
     config.write_text(yaml.safe_dump(settings))
     command = [TROUPE, "up", "--dev", "--port", "0", "--model", "scripted/puppet", "-c", config]
