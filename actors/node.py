@@ -41,12 +41,7 @@ class Refused(NamedTuple):
 class NodeActor:
     async def __init__(self, agent: AgentSettings, reap_s: float) -> None:
         logs.configure()
-        self._journal = await open_journal(
-            agent.journal_url,
-            agent.storage_dir,
-            timeout_s=agent.journal_timeout_s,
-            check=False,
-        )
+        self._journal = await open_journal(agent.journal, agent.storage_dir, check=False)
         self._reaping = spawn(self._reap(reap_s), name="reaper")
 
     async def ready(self) -> bool:

@@ -52,7 +52,7 @@ class NodeJournal:
         node_id: str = ray.get_runtime_context().get_node_id()
         return cls(
             lambda: node_actor(node_id, generation, agent, actors),
-            timeout_s=agent.journal_timeout_s + MARGIN_S,
+            timeout_s=agent.journal.timeout_s + MARGIN_S,
         )
 
     async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:

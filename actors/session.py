@@ -32,16 +32,14 @@ MAX_CONCURRENCY = 10_000
 
 async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
     """The parts that a process of the cluster shares, with a journal of its own."""
-    journal = await open_journal(
-        agent.journal_url, agent.storage_dir, timeout_s=agent.journal_timeout_s
-    )
+    journal = await open_journal(agent.journal, agent.storage_dir)
     return _kit(journal, agent, actors)
 
 
 async def _sessions_kit(name: str, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     """The same for a process that hosts sessions: there are hundreds, too many for a server's
     connections."""
-    if agent.journal_url.startswith(POSTGRES):
+    if agent.journal.url.startswith(POSTGRES):
         return _kit(NodeJournal.here(generation_of(name), agent, actors), agent, actors)
     return await kit_of(agent, actors)
 

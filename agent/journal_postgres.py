@@ -27,6 +27,7 @@ from agent.faults import (
 )
 from agent.journal import PageKey, RowPage, SessionRow, encoded, message_ids, page_of, utc_now
 from agent.migrations import steps
+from agent.settings import Sync
 
 MAX_ROWS = 1000
 """Rows that are remembered, some kilobytes each. One that is not costs its next write a look."""
@@ -85,8 +86,10 @@ Work = Callable[[Any], Awaitable[T]]
 
 
 class PostgresJournal:
-    """What a call had returned outlives a kill of any process, the server's too, and with the
-    server's `fsync` on (its default) a loss of power: commits are waited for.
+    """What a call had returned outlives a kill of any process of ours. With `sync="full"` commits are
+    waited for, so it outlives a kill of the server too, and with the server's `fsync` on (its
+    default) a loss of power. With `normal` a crash of the server takes what it had not written yet,
+    some tenths of a second (three times its `wal_writer_delay`), never half a commit.
 
     Connections are made when there is work, at most `max_connections` at once, and closed
     `idle_s` after the last of it, so that a journal whose sessions wait holds none. A server that
@@ -103,6 +106,7 @@ class PostgresJournal:
         timeout_s: float = 10.0,
         max_connections: int = 4,
         idle_s: float = 5.0,
+        sync: Sync = "full",
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """Connects, checks the schema and brings it up at the first use.
@@ -114,6 +118,7 @@ class PostgresJournal:
         self._timeout_s = timeout_s
         self._max_connections = max_connections
         self._idle_s = idle_s
+        self._sync_commits = "on" if sync == "full" else "off"
         self._clock = clock
         self._pool: Any = None
         self._checked = False
@@ -134,12 +139,16 @@ class PostgresJournal:
             JournalFault: the server cannot be reached, or has the schema of a newer version.
         """
         journal = cls(url, timeout_s=timeout_s, max_connections=max_connections, idle_s=idle_s)
+        return await journal.checked()
+
+    async def checked(self) -> Self:
+        """Itself, as `open` gives it; closed when it raises."""
         try:
-            await journal._read(None, lambda db: db.fetchval("SELECT 1"))
+            await self._read(None, lambda db: db.fetchval("SELECT 1"))
         except JournalFault:
-            await journal.close()
+            await self.close()
             raise
-        return journal
+        return self
 
     async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
         facts, at = (opened, *more), self._clock().astimezone(UTC)
@@ -344,7 +353,7 @@ class PostgresJournal:
                 reset=_nothing_to_reset,
                 server_settings={
                     "application_name": "troupe",
-                    "synchronous_commit": "on",
+                    "synchronous_commit": self._sync_commits,
                     # What a client no longer waits for, the server does not go on with.
                     "statement_timeout": str(max(1, int(self._timeout_s * 1000))),
                 },

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from agent.events import FACT, Command, Fact, Record, SessionOpened
 from agent.faults import (
@@ -31,6 +31,7 @@ from agent.faults import (
 )
 from agent.journal import PageKey, RowPage, SessionRow, encoded, message_ids, page_of, utc_now
 from agent.migrations import steps
+from agent.settings import Sync
 
 BUSY_TIMEOUT_S = 10.0
 """Limit of one wait for another process's transaction. One takes milliseconds; only a stopped
@@ -63,18 +64,16 @@ class _Write(NamedTuple, Generic[T]):
 class SqliteJournal:
     """A kill of any process, at any instant, loses nothing that a call had returned.
 
-    `sync="full"`, the default, flushes at every commit, so the same holds for a loss of power:
-    "202 Accepted" promises it. `sync="normal"` flushes at checkpoints only: a loss of power may
-    take the last commits (never the file, never half a commit). It saves little: an append took
-    0.40 ms with full and 0.17 ms with normal (median, SSD of a virtual machine, 2 cores), and with
-    32 sessions writing in one process both made 11,000 appends a second.
+    `sync="full"` flushes at every commit, so the same holds for a loss of power: "202 Accepted"
+    promises it. `sync="normal"` flushes at checkpoints of the WAL only: a loss of power may take
+    the last commits (never the file, never half a commit).
     """
 
     def __init__(
         self,
         path: Path | str,
         *,
-        sync: Literal["full", "normal"] = "full",
+        sync: Sync = "full",
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """Opens the file at the first use."""
@@ -88,19 +87,22 @@ class SqliteJournal:
         self._closed = False
 
     @classmethod
-    async def open(cls, path: Path | str, *, sync: Literal["full", "normal"] = "full") -> Self:
+    async def open(cls, path: Path | str, *, sync: Sync = "full") -> Self:
         """The journal, its file made if need be and its schema checked.
 
         Raises:
             JournalFault: the file cannot be opened, or has the schema of another version.
         """
-        journal = cls(path, sync=sync)
+        return await cls(path, sync=sync).checked()
+
+    async def checked(self) -> Self:
+        """Itself, as `open` gives it; closed when it raises."""
         try:
-            await journal._read(lambda _: None)
+            await self._read(lambda _: None)
         except JournalFault:
-            await journal.close()
+            await self.close()
             raise
-        return journal
+        return self
 
     async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
         facts, at = (opened, *more), self._clock().astimezone(UTC)

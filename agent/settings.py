@@ -8,7 +8,7 @@ An unknown key is an error that names the key and the file. Each floor owns one 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,9 @@ from agent.faults import SettingsInvalid
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "default.yaml"
 ENV_PREFIX = "TROUPE__"
+
+
+Sync = Literal["full", "normal"]
 
 
 class Section(BaseModel):
@@ -78,6 +81,20 @@ class StorageSettings(Section):
     """Of one save or restore."""
 
 
+class JournalSettings(Section):
+    """Where sessions are kept."""
+
+    url: str = "sqlite:///journal.sqlite3"
+    """`memory:`, `sqlite:///path` (relative to `storage_dir`), or `postgresql://user@host:port/db`,
+    with the password in PGPASSWORD or a .pgpass file of every node."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Of one answer of a journal's server."""
+    sync: Sync = "full"
+    """What a loss of power may take: `full`, nothing that was acknowledged; `normal`, the last moments,
+    and on a Postgres server its crash too. A death of a process of ours takes nothing either way. The
+    memory journal knows no difference."""
+
+
 class SecretsSettings(Section):
     key_env: str | None = None
     """Name of the environment variable with the Fernet key, on every node, under which users' tokens
@@ -87,11 +104,7 @@ class SecretsSettings(Section):
 class AgentSettings(Section):
     """Floor 1."""
 
-    journal_url: str = "sqlite:///journal.sqlite3"
-    """`memory:`, `sqlite:///path` (relative to `storage_dir`), or `postgresql://user@host:port/db`,
-    with the password in PGPASSWORD or a .pgpass file of every node."""
-    journal_timeout_s: float = Field(default=10.0, gt=0)
-    """Of one answer of a journal's server."""
+    journal: JournalSettings = JournalSettings()
     storage_dir: Path = Path("var")
     """Workspaces, trajectories and the embedded journal."""
     agents_dir: Path | None = None

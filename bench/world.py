@@ -213,7 +213,7 @@ class World:
             "default_agent": "loader",
         }
         if self.database is not None:
-            agent["journal_url"] = self.database.url
+            agent["journal"] = {"url": self.database.url}
         return {
             "agent": agent | dict(self.settings.get("agent", {})),
             "actors": dict(self.settings.get("actors", {})),

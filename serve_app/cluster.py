@@ -220,11 +220,11 @@ def _join_or_start(ray: Any, runtime_env: dict[str, Any] | None = None) -> Any:
 def _settle_journal(settings: TroupeSettings) -> None:
     """Leave the embedded journal in one file. The processes that wrote it were killed, as is their
     way of ending; the last connection that closes in good order folds the -wal in."""
-    if not settings.agent.journal_url.startswith("sqlite:"):
+    if not settings.agent.journal.url.startswith("sqlite:"):
         return
 
     async def opened_and_closed() -> None:
-        journal = await open_journal(settings.agent.journal_url, settings.agent.storage_dir)
+        journal = await open_journal(settings.agent.journal, settings.agent.storage_dir)
         await journal.close()
 
     asyncio.run(opened_and_closed())

@@ -197,7 +197,7 @@ def test_the_kubernetes_file_of_several_nodes_keeps_nothing_that_must_last_on_on
         (container,) = group["spec"]["containers"]
         environ = {each["name"]: each["value"] for each in container["env"]}
         settings = load(TroupeSettings, environ=environ)
-        assert settings.agent.journal_url.startswith("postgresql://")
+        assert settings.agent.journal.url.startswith("postgresql://")
         assert settings.agent.storage.url
         assert not any("persistentVolumeClaim" in volume for volume in group["spec"]["volumes"])
     assert by_kind["RayJob"]["spec"]["clusterSelector"] == {"ray.io/cluster": "troupe"}

@@ -21,7 +21,7 @@ from actors.remote import NAMESPACE, answer, names
 from agent.faults import Fault, JournalFault
 from agent.journal import Journal, read_all
 from agent.journals import open_journal
-from agent.settings import AgentSettings
+from agent.settings import AgentSettings, JournalSettings
 from bench.support.postgres import Postgres
 from tests.cluster.test_manager import host_of, is_delta, pid_of
 from tests.conftest import House
@@ -42,7 +42,7 @@ LOST = Fault("no answer")
 
 
 def agent_with(directory: Path) -> AgentSettings:
-    return AgentSettings(journal_url="sqlite:///journal.sqlite3", storage_dir=directory)
+    return AgentSettings(storage_dir=directory)
 
 
 class TurningNode(NodeActor):
@@ -50,7 +50,7 @@ class TurningNode(NodeActor):
 
     async def turn_to(self, agent: AgentSettings) -> None:
         await self._journal.close()
-        self._journal = await open_journal(agent.journal_url, agent.storage_dir)
+        self._journal = await open_journal(agent.journal, agent.storage_dir)
 
 
 def started(kind: type[NodeActor], directory: Path, **options: Any) -> Any:
@@ -107,7 +107,7 @@ async def test_many_sessions_at_once_share_the_few_connections_of_their_node(
     name = f"node_{secrets.token_hex(4)}"  # of its own, to count its connections
     await db.execute(f"CREATE DATABASE {name}")
     url = postgres.url.removesuffix("/postgres") + f"/{name}"
-    agent = AgentSettings(journal_url=url, storage_dir=tmp_path)
+    agent = AgentSettings(journal=JournalSettings(url=url), storage_dir=tmp_path)
     await got(turning.turn_to.remote(agent))
     sessions = [NodeJournal(lambda: turning, timeout_s=START_S) for _ in range(40)]
     owned = await asyncio.gather(*(begun(journal) for journal in sessions))

@@ -44,6 +44,7 @@ from agent.journal_memory import MemoryJournal
 from agent.journal_sqlite import SqliteJournal
 from agent.journals import open_journal
 from agent.migrations import steps
+from agent.settings import JournalSettings
 from tests.support import journals
 from tests.support.journals import Clock, Store, opening
 
@@ -649,9 +650,11 @@ async def test_writes_that_are_cancelled_while_they_wait_leave_the_others_alone(
 
 
 async def test_a_url_says_which_journal(tmp_path: Path) -> None:
-    assert isinstance(await open_journal("memory:", tmp_path), MemoryJournal)
-    relative = await open_journal("sqlite:///sub/j.sqlite3", tmp_path)
-    absolute = await open_journal(f"sqlite:///{tmp_path}/k.sqlite3", tmp_path / "elsewhere")
+    assert isinstance(await open_journal(JournalSettings(url="memory:"), tmp_path), MemoryJournal)
+    relative = await open_journal(JournalSettings(url="sqlite:///sub/j.sqlite3"), tmp_path)
+    absolute = await open_journal(
+        JournalSettings(url=f"sqlite:///{tmp_path}/k.sqlite3"), tmp_path / "elsewhere"
+    )
     await relative.close()
     await absolute.close()
     assert await asyncio.to_thread((tmp_path / "sub" / "j.sqlite3").exists)
@@ -659,7 +662,17 @@ async def test_a_url_says_which_journal(tmp_path: Path) -> None:
     assert not await asyncio.to_thread((tmp_path / "elsewhere").exists)
     for url in ("", "memory", "sqlite://j", "sqlite:///", "sqlite:///j?x=1", "mysql://h/d"):
         with pytest.raises(SettingsInvalid):
-            await open_journal(url, tmp_path)
+            await open_journal(JournalSettings(url=url), tmp_path)
+
+
+async def test_the_settings_say_whether_commits_wait_for_the_disk(tmp_path: Path) -> None:
+    for sync, pragma in (("full", 2), ("normal", 1)):
+        settings = JournalSettings.model_validate({"sync": sync})
+        journal = await open_journal(settings, tmp_path)
+        assert isinstance(journal, SqliteJournal)
+        found = await journal._read(lambda db: db.execute("PRAGMA synchronous").fetchone()[0])
+        assert found == pragma
+        await journal.close()
 
 
 def test_given_records_begin_with_the_opening() -> None:

@@ -13,6 +13,7 @@ from agent.journal import Journal, read_all
 from agent.journal_postgres import PostgresJournal
 from agent.journals import open_journal
 from agent.migrations import steps
+from agent.settings import JournalSettings
 from bench.support.postgres import Postgres
 from tests.support.journals import opening
 from tests.support.postgres import empty_schema
@@ -240,6 +241,15 @@ async def test_commits_are_waited_for_whatever_the_server_is_set_to(url: str) ->
         await db.close()
 
 
+async def test_commits_are_not_waited_for_where_the_settings_say_so(
+    url: str, tmp_path: Path
+) -> None:
+    journal = await open_journal(JournalSettings(url=url, sync="normal"), tmp_path)
+    assert isinstance(journal, PostgresJournal)
+    assert await journal._read(None, lambda db: db.fetchval("SHOW synchronous_commit")) == "off"
+    await journal.close()
+
+
 async def test_a_row_that_another_process_moved_on_is_read_anew(url: str) -> None:
     """What one journal remembers is behind what the other wrote."""
     one, other = await PostgresJournal.open(url), await PostgresJournal.open(url)
@@ -278,14 +288,14 @@ async def test_a_delete_leaves_nothing_of_an_append_that_was_under_way(url: str)
 async def test_a_url_opens_it_with_or_without_a_server(
     url: str, server: Postgres, tmp_path: Path
 ) -> None:
-    journal = await open_journal(url, tmp_path)
+    journal = await open_journal(JournalSettings(url=url), tmp_path)
     assert isinstance(journal, PostgresJournal)
     await journal.close()
     away = await empty_schema(server.url)
     await asyncio.to_thread(server.stop)
     with pytest.raises(JournalFault):
-        await open_journal(away, tmp_path, timeout_s=SHORT_S)
-    journal = await open_journal(away, tmp_path, check=False)
+        await open_journal(JournalSettings(url=away, timeout_s=SHORT_S), tmp_path)
+    journal = await open_journal(JournalSettings(url=away), tmp_path, check=False)
     await asyncio.to_thread(server.start)
     await begun(journal)
     await journal.close()
