@@ -143,7 +143,7 @@ class RayHosts:
 
     async def _fill(self) -> None:
         try:
-            while len(self._warm) < self._actors.warm_actors and not self._closing:
+            while len(self._warm) < self._actors.warm.min and not self._closing:
                 # First: a death meanwhile puts another pool in the place of this one.
                 async with self._starting:
                     host = await self._started()
@@ -188,8 +188,8 @@ class RayHosts:
         known = self._all.get(host.name)
         if known is None:
             return
-        fresh = clean and known.current and known.n_uses < self._actors.max_uses
-        if fresh and len(self._warm) < max(1, self._actors.warm_actors) and not self._closing:
+        fresh = clean and known.current and known.n_uses < self._actors.warm.max_uses
+        if fresh and len(self._warm) < max(1, self._actors.warm.min) and not self._closing:
             self._warm.append(known)
         else:
             self._kill(known)

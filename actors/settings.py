@@ -13,6 +13,21 @@ class Quota(Section):
     per_day: int = Field(ge=0)
 
 
+class WarmSettings(Section):
+    """Processes that wait for sessions with their imports done."""
+
+    min: int = Field(default=1, ge=0)
+    """Kept ready: more are started in the background where sessions took them."""
+    max: int = Field(default=8, ge=0)
+    """At most so many that sessions left are kept as well; below `min` it counts as `min`."""
+    start_rate: float = Field(default=2.0, gt=0)
+    """Starts per second in the background, at most; fewer while turns run."""
+    max_uses: int = Field(default=50, ge=1)
+    """Sessions that a process hosts, one after another, before it is replaced."""
+    max_memory_mb: int = Field(default=160, ge=1)
+    """Of a process that no session lives in; one that takes more is replaced."""
+
+
 class ActorsSettings(Section):
     """Floor 2: capacity, placement, time limits."""
 
@@ -22,9 +37,7 @@ class ActorsSettings(Section):
     """Of `max_sessions`, for the bulk lane."""
     reservation_s: float = Field(default=60.0, gt=0)
     """A slot that was taken and not confirmed is given back after this."""
-    warm_actors: int = Field(default=1, ge=0)
-    max_uses: int = Field(default=50, ge=1)
-    """Sessions that an actor process hosts, one after another, before it is replaced."""
+    warm: WarmSettings = WarmSettings()
     call_timeout_s: float = Field(default=60.0, gt=0)
     """Limit of one call between the edge, the manager and a session actor."""
     gateway_silence_s: float = Field(default=60.0, ge=20)

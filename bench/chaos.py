@@ -403,7 +403,7 @@ def settings_for(n_sessions: int) -> dict[str, dict[str, Any]]:
         "actors": {
             "max_sessions": slots,
             "max_sessions_per_user": slots,
-            "warm_actors": 2,
+            "warm": {"min": 2},
             "page_wait_s": 2.0,
             "probe_s": 5.0,
         }

@@ -39,7 +39,7 @@ def main() -> int:
     asked = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="troupe-recovery-") as folder,
-        World(Path(folder), settings={"actors": {"warm_actors": 1}}) as world,
+        World(Path(folder), settings={"actors": {"warm": {"min": 1}}}) as world,
         httpx.Client(base_url=world.url, timeout=WAIT_S) as http,
     ):
         found = [_killed(world, http) for _ in range(asked.kills)]

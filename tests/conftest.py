@@ -9,7 +9,7 @@ import pytest
 import yaml
 from blockbuster import blockbuster_ctx
 
-from actors.settings import ActorsSettings
+from actors.settings import ActorsSettings, WarmSettings
 from agent import logs
 from agent.settings import AgentSettings, SecretsSettings
 from agent.vault import new_key as new_secrets_key
@@ -28,7 +28,7 @@ USERS = ("alice", "bob", "carol", "dave", "erin")
 SMALL = ActorsSettings(
     max_sessions=5,
     max_sessions_per_user=3,
-    warm_actors=4,  # most tests then reuse processes instead of starting them
+    warm=WarmSettings(min=4),  # most tests then reuse processes instead of starting them
     page_wait_s=0.2,
     close_wait_s=2.0,
     probe_s=2.0,

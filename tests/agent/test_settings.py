@@ -66,7 +66,7 @@ def test_the_shipped_overlays_load(name: str) -> None:
 
 def test_later_files_win_key_by_key_and_the_environment_wins_over_files(tmp_path: Path) -> None:
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
-    first.write_text("actors: {max_sessions: 7, warm_actors: 3}\nagent: {model: {max_retries: 5}}")
+    first.write_text("actors: {max_sessions: 7, warm: {min: 3}}\nagent: {model: {max_retries: 5}}")
     second.write_text("actors: {max_sessions: 8}")
     environ = {
         "TROUPE__ACTORS__PAGE_WAIT_S": "2.5",
@@ -78,8 +78,8 @@ def test_later_files_win_key_by_key_and_the_environment_wins_over_files(tmp_path
     }
     settings = load(Root, [first, second], environ)
     assert settings.actors.max_sessions == 8
-    assert settings.actors.warm_actors == 3
-    assert settings.actors.max_uses == ActorsSettings().max_uses
+    assert settings.actors.warm.min == 3
+    assert settings.actors.warm.max_uses == ActorsSettings().warm.max_uses
     assert settings.actors.page_wait_s == 2.5
     assert settings.agent.model.max_retries == 5
     assert settings.agent.default_model == "openai/x"

@@ -303,7 +303,7 @@ async def stopped_warm(user: User) -> list[int]:
 
     async def all_are_warm() -> bool:
         pids[:] = await cluster.warm_pids()
-        return SMALL.warm_actors <= len(pids) == await n_warm(user)
+        return SMALL.warm.min <= len(pids) == await n_warm(user)
 
     await eventually(all_are_warm, cluster.START_S)
     cluster.stop(*pids)
