@@ -3,10 +3,13 @@
 `take` checks and takes together; a lease is released exactly once. Whoever must wait for something
 holds a lease meanwhile, so a slot is never promised twice. No exempt user, no second way in: new,
 woken, seeded and bulk sessions all pass here.
+
+No step looks at all leases: counts are kept, and leases stand in the order in which they expire or came
+to rest. Both follow from the clock, which does not run backwards, so each only ever joins at an end.
 """
 
-from collections import Counter
-from collections.abc import Callable, Generator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,7 +18,7 @@ Lane = Literal["interactive", "bulk"]
 Scope = Literal["global", "per_user"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Lease:
     """A slot that is taken. Compared by identity: a session's next lease is another one."""
 
@@ -32,12 +35,44 @@ class Lease:
     noted: tuple[int, int] = (0, 0)
     """Epoch and number of the newest report that was taken in: older ones, that came later, are
     passed over."""
+    node: str = ""
+    """Where it lives, while it does."""
 
 
 class Refusal(NamedTuple):
     scope: Scope
     live: int
     limit: int
+
+
+class Resting:
+    """Live leases without a turn, the longest idle first: all of them, those of a user, of a node."""
+
+    def __init__(self) -> None:
+        # Not a dict: to find the first of one from which many went from the front takes a walk.
+        self._lines: dict[Hashable, OrderedDict[Lease, None]] = {}
+
+    def join(self, lease: Lease) -> None:
+        """At the end. One that is here may not join again before it has left."""
+        for line in _lines_of(lease):
+            self._lines.setdefault(line, OrderedDict())[lease] = None
+
+    def leave(self, lease: Lease) -> None:
+        """Nothing, where it is not here."""
+        for line in _lines_of(lease):
+            there = self._lines.get(line)
+            if there is None or lease not in there:
+                return
+            del there[lease]
+            if not there:
+                del self._lines[line]
+
+    def of(self, line: Hashable = None) -> Iterator[Lease]:
+        return iter(self._lines.get(line, ()))
+
+
+def _lines_of(lease: Lease) -> tuple[Hashable, ...]:
+    return None, ("user", lease.user_id), ("node", lease.node)
 
 
 class Ledger:
@@ -61,6 +96,11 @@ class Ledger:
         self._now_s = now_s
         self._leases: dict[str, Lease] = {}
         self._per_user: Counter[str] = Counter()
+        self._per_lane: Counter[Lane] = Counter()
+        """Without those that wait for a place."""
+        self._reserved: OrderedDict[Lease, None] = OrderedDict()
+        """The first to expire first."""
+        self._resting = Resting()
 
     # -- the door ----------------------------------------------------------------------------
 
@@ -79,38 +119,67 @@ class Ledger:
             return Refusal("global", self.n_live, self.max_sessions)
         return self._enter(Lease(session_id, user_id, lane, self._now_s()))
 
-    def take_over(self, session_id: str, user_id: str, epoch: int) -> Lease:
-        """Enter a session that already lives: for a ledger that begins anew beside living actors."""
+    def take_over(self, session_id: str, user_id: str, epoch: int, node: str = "") -> Lease:
+        """Enter a session that already lives: for a ledger that begins anew beside living actors.
+
+        Raises:
+            ValueError: the session holds a slot.
+        """
         lease = self._enter(Lease(session_id, user_id, "interactive", self._now_s()))
-        self.confirm(lease, epoch)
+        self.confirm(lease, epoch, node)
         return lease
 
     def _enter(self, lease: Lease) -> Lease:
+        if lease.session_id in self._leases:
+            raise ValueError(lease.session_id)
         self._leases[lease.session_id] = lease
-        self._count(lease.user_id, +1)
+        if lease.state == "reserved":
+            self._per_lane[lease.lane] += 1
+            self._reserved[lease] = None
+        if _counts_for_its_user(lease):
+            self._per_user[lease.user_id] += 1
         return lease
 
-    def confirm(self, lease: Lease, epoch: int = 0) -> bool:
+    def confirm(self, lease: Lease, epoch: int = 0, node: str = "") -> bool:
         """The session lives, in this epoch. False: the reservation expired, the slot may be another's."""
         if not self.holds(lease):
             return False
-        lease.state = "live"
-        if lease.noted[0] != epoch or lease.noted == (0, 0):
-            lease.noted, lease.idle_since_s = (epoch, 0), self._now_s()
+        is_busy = lease.idle_since_s is None and lease.noted[0] == epoch and lease.noted[1] > 0
+        self._reserved.pop(lease, None)
+        self._resting.leave(lease)
+        lease.state, lease.node = "live", node
+        if lease.noted[0] != epoch:
+            lease.noted = (epoch, 0)
+        self._rest(lease, is_busy=is_busy)
         return True
+
+    def _rest(self, lease: Lease, *, is_busy: bool) -> None:
+        """Idle from now on, or not; among those who may give way while it lives."""
+        self._resting.leave(lease)
+        lease.idle_since_s = None if is_busy else self._now_s()
+        if lease.state == "live" and not is_busy:
+            self._resting.join(lease)
 
     def renew(self, lease: Lease) -> bool:
         """A reservation counts from now on. False: it expired, the slot may be another's."""
         if not self.holds(lease):
             return False
-        lease.taken_at_s = self._now_s()
+        if lease.state == "reserved":
+            self._reserve(lease)
         return True
+
+    def _reserve(self, lease: Lease) -> None:
+        lease.taken_at_s = self._now_s()
+        self._reserved[lease] = None
+        self._reserved.move_to_end(lease)
 
     def keep(self, lease: Lease) -> None:
         """The session died and may come back at once: its slot is reserved for that. One that was
         leaving gives it back."""
         if lease.state == "live" and self.holds(lease):
-            lease.state, lease.taken_at_s = "reserved", self._now_s()
+            self._resting.leave(lease)
+            lease.state = "reserved"
+            self._reserve(lease)
         else:
             self.release(lease)
 
@@ -119,14 +188,15 @@ class Ledger:
         if not self.holds(lease):
             return False
         del self._leases[lease.session_id]
-        if lease.instead_of is None or lease.instead_of.user_id != lease.user_id:
-            self._count(lease.user_id, -1)
+        self._reserved.pop(lease, None)
+        self._resting.leave(lease)
+        if lease.state != "waiting":
+            self._per_lane[lease.lane] -= 1
+        if _counts_for_its_user(lease):
+            self._per_user[lease.user_id] -= 1
+            if not self._per_user[lease.user_id]:
+                del self._per_user[lease.user_id]
         return True
-
-    def _count(self, user_id: str, change: int) -> None:
-        self._per_user[user_id] += change
-        if not self._per_user[user_id]:
-            del self._per_user[user_id]
 
     @contextmanager
     def returned_on_failure(self, lease: Lease) -> Generator[None]:
@@ -141,17 +211,21 @@ class Ledger:
 
     def _expire(self) -> None:
         before_s = self._now_s() - self._reservation_s
-        for lease in list(self._leases.values()):
-            if lease.state == "reserved" and lease.taken_at_s < before_s:
-                self.release(lease)
+        while (first := next(iter(self._reserved), None)) and first.taken_at_s < before_s:
+            self.release(first)
 
     # -- who gives way -----------------------------------------------------------------------
 
     def note(self, lease: Lease, epoch: int, n: int, *, is_busy: bool) -> None:
         """Take in report number `n` of an epoch, unless a newer one came before it."""
-        if (epoch, n) > lease.noted:
+        if self.holds(lease) and (epoch, n) > lease.noted:
             lease.noted = (epoch, n)
-            lease.idle_since_s = None if is_busy else self._now_s()
+            self._rest(lease, is_busy=is_busy)
+
+    def longest_idle(self, *, on: str | None = None) -> Iterator[Lease]:
+        """Live leases without a turn, the longest idle first; with `on`, those of that node. To be
+        read before the ledger changes."""
+        return self._resting.of(None if on is None else ("node", on))
 
     def give_way(self, scope: Scope, session_id: str, user_id: str) -> Lease | None:
         """A lease that waits for the place of the longest idle session whose end would help; that one
@@ -160,22 +234,15 @@ class Ledger:
         The newcomer counts from here on where it will count in the end, so nobody is sent away for one
         who is refused afterwards. The caller passivates `instead_of`, and calls `inherit` or `stay`.
         """
-        idle = [
-            lease
-            for lease in self._leases.values()
-            if lease.state == "live"
-            and lease.idle_since_s is not None
-            and (scope == "global" or lease.user_id == user_id)
-        ]
-        if not idle:
+        line = None if scope == "global" else ("user", user_id)
+        leaving = next(self._resting.of(line), None)
+        if leaving is None:
             return None
-        leaving = min(idle, key=lambda lease: lease.idle_since_s or 0.0)
+        self._resting.leave(leaving)
         leaving.state = "passivating"
-        lease = Lease(session_id, user_id, "interactive", self._now_s(), "waiting", leaving)
-        self._leases[session_id] = lease
-        if leaving.user_id != user_id:
-            self._count(user_id, +1)
-        return lease
+        return self._enter(
+            Lease(session_id, user_id, "interactive", self._now_s(), "waiting", leaving)
+        )
 
     def inherit(self, lease: Lease) -> Lease | Refusal:
         """The session waited for has left: its place is the waiting lease's, in the same step."""
@@ -189,13 +256,17 @@ class Ledger:
         return self._enter(Lease(lease.session_id, lease.user_id, lease.lane, self._now_s()))
 
     def stay(self, lease: Lease) -> None:
-        """The session waited for would not go: something is under way there. Whether a turn is, its
-        reports say; if none is, it is the last to be asked again. The waiting lease ends."""
+        """The session waited for would not go: something is under way there. The waiting lease ends."""
         self.release(lease)
-        if (staying := lease.instead_of) is not None:
+        if (staying := lease.instead_of) is not None and staying.state == "passivating":
             staying.state = "live"
-            if staying.idle_since_s is not None:
-                staying.idle_since_s = self._now_s()
+            self.defer(staying)
+
+    def defer(self, lease: Lease) -> None:
+        """It was asked to go and would not. Whether a turn is under way there, its reports say; if none
+        is, it is the last to be asked again."""
+        if self.holds(lease) and lease.idle_since_s is not None:
+            self._rest(lease, is_busy=False)
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -212,12 +283,15 @@ class Ledger:
     @property
     def n_live(self) -> int:
         """Every slot that is taken, in whatever state. Who waits for a place has none yet."""
-        return sum(lease.state != "waiting" for lease in self._leases.values())
+        return self._per_lane.total()
 
     def n_live_of(self, user_id: str) -> int:
         return self._per_user[user_id]
 
     def n_live_in(self, lane: Lane) -> int:
-        return sum(
-            lease.lane == lane and lease.state != "waiting" for lease in self._leases.values()
-        )
+        return self._per_lane[lane]
+
+
+def _counts_for_its_user(lease: Lease) -> bool:
+    """Who waits for the place of a session of the same user is counted with that."""
+    return lease.instead_of is None or lease.instead_of.user_id != lease.user_id
