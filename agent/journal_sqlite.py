@@ -77,7 +77,7 @@ class SqliteJournal:
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """Opens the file at the first use."""
-        self._path = Path(path)
+        self.path = Path(path)
         self._sync = sync
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -311,7 +311,7 @@ class SqliteJournal:
 
     def _connection(self) -> sqlite3.Connection:
         if self._db is None:
-            self._db = _connected(self._path, self._sync)
+            self._db = _connected(self.path, self._sync)
         return self._db
 
     def _disconnect(self) -> None:
