@@ -4,6 +4,7 @@
     ├── ModelFault              model_failed: the provider or the way to it
     │   ├── ModelAuth           model_auth: the key was refused
     │   ├── ModelRateLimited    model_rate_limited: 429, with `retry_after_s`
+    │   ├── ModelBusy           model_busy: the house's own limit for the model leaves no room in time
     │   ├── ModelUnavailable    model_unavailable: 5xx, no connection
     │   ├── ModelLost           model_lost: what asked the model for us died; the call is made again
     │   ├── ModelTimeout        model_timeout: no token, or no next token, in time
@@ -69,6 +70,12 @@ class ModelRateLimited(ModelFault):
     """Carries `retry_after_s: float | None` in `fields`."""
 
     code = "model_rate_limited"
+
+
+class ModelBusy(ModelFault):
+    """Nobody was asked. Carries `retry_after_s` in `fields`."""
+
+    code = "model_busy"
 
 
 class ModelUnavailable(ModelFault):

@@ -44,11 +44,29 @@ class ModelSettings(Section):
     """Of a call that failed before its first token, for a reason that may pass."""
     retry_base_s: float = Field(default=1.0, gt=0)
     """Doubles at each retry, with jitter; a provider's Retry-After wins."""
+    limits: dict[str, "ModelLimits"] = {}
+    """By glob over model names; the longest that matches counts. None that matches: no limit but
+    those that refusals (429) teach."""
+    limit_wait_s: float = Field(default=600.0, gt=0)
+    """Of a call for its turn at a model's limit; then it fails as `model_busy`."""
+    limit_queue: int = Field(default=1000, ge=1)
+    """Calls that wait for one model; one more fails as `model_busy`."""
     windows: dict[str, int] = {}
     """Tokens, by model name, for models that litellm does not know."""
     default_window_tokens: int = Field(default=128_000, ge=1024)
     prices: dict[str, "Price"] = {}
     """By model name, for models that litellm cannot price."""
+
+
+class ModelLimits(Section):
+    """What all sessions together may ask of each model; None: as much as they like."""
+
+    concurrency: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Input and output."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    shared: bool = False
+    """All models that the glob matches share one limit, and its refusals."""
 
 
 class Price(Section):

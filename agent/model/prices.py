@@ -91,8 +91,12 @@ def load_table() -> dict[str, Entry]:
     }
 
 
+def is_loaded() -> bool:
+    return bool(load_table.cache_info().currsize)
+
+
 async def table_ready() -> None:
-    if not load_table.cache_info().currsize:
+    if not is_loaded():
         await asyncio.to_thread(load_table)
 
 
