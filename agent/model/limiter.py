@@ -16,7 +16,8 @@ from agent.settings import ModelLimits
 BURST_S = 10.0
 """What a minute allows comes back evenly, and so much of it is kept. Providers count in spans of seconds too."""
 FALL = 0.7
-"""A gentle one: a place that is found again costs a refused call."""
+RAISE_S = 15.0
+"""Between two attempts to find more room than was refused: each may cost a call an attempt."""
 PROBE_S = 2.0
 """Refusals come at once. A call that was not refused for this long is being thought about."""
 MAX_BACKOFF_S = 10.0
@@ -96,8 +97,9 @@ class Limiter:
     """Places, tokens and requests. Who waits goes in round-robin over the sessions, each session's calls
     in their order; who comes never goes past those who wait.
 
-    The limit of places grows by one a round of accepted calls, and falls at a refusal. A refusal also
-    closes the door; the first call afterwards goes ahead as a probe.
+    The limit of places falls at a refusal. Each accepted call brings one back, up to what was too many;
+    from there on only time does. A refusal also closes the door; the first call afterwards goes ahead
+    as a probe.
     """
 
     def __init__(self, limits: ModelLimits, now: float, *, backoff_s: float = 1.0) -> None:
@@ -106,8 +108,9 @@ class Limiter:
         self._requests = _bucket(limits.requests_per_minute, now)
         self._backoff_s = backoff_s
         self._limit = self._most
-        self._fast_below = 0.0
-        """Under it an accepted call brings a place, above it a round of them does."""
+        self._fast_to = 0.0
+        """One less than was refused last."""
+        self._raised_at = now
         self._n_inside = 0
         self._lines: dict[str, deque[Call]] = {}
         """By session, in the order of their turns."""
@@ -180,8 +183,7 @@ class Limiter:
             self._closed_until = now
         # Places that nobody wants prove nothing, nor do calls from before the fall.
         if self._n_inside + 1 > self._limit and call.n_falls == self._n_falls:
-            more = 1 if self._limit < self._fast_below else 1 / self._limit
-            self._limit = min(self._limit + more, self._most)
+            self._limit = min(self._raised(now), self._most)
 
     def refused(self, call: Call, retry_after_s: float | None, now: float) -> bool:
         """Tell of a call that is inside, before it leaves. Whether this is news: calls that went in
@@ -194,8 +196,9 @@ class Limiter:
             self._n_rounds += 1
         if call is not self._probe:  # which went alone, and says nothing of how many at once
             if news:
-                self._limit = max(1.0, FALL * min(self._limit, self._n_inside))
-                self._fast_below = self._limit
+                self._fast_to = self._n_inside - 1.0
+                self._raised_at = now
+                self._limit = min(self._limit, FALL * self._n_inside)
             # What is not refused meanwhile is what the provider takes.
             self._limit = max(1.0, min(self._limit, self._n_inside - 1))
         if self._tokens:
@@ -253,6 +256,14 @@ class Limiter:
         if self._probe_next:
             self._probe, self._probe_next = call, False
             self._closed_until = now + PROBE_S
+
+    def _raised(self, now: float) -> float:
+        if self._limit < self._fast_to:
+            return min(self._limit + 1, self._fast_to)
+        if now - self._raised_at < RAISE_S:
+            return self._limit
+        self._raised_at = now
+        return self._limit + max(1.0, self._limit // 10)
 
     def _pause_s(self, retry_after_s: float | None) -> float:
         if retry_after_s is not None:

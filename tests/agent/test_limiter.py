@@ -14,6 +14,7 @@ from agent.model.limiter import (
     MAX_CLOSED_S,
     N_HOPELESS,
     PROBE_S,
+    RAISE_S,
     Bucket,
     Call,
     Limiter,
@@ -276,8 +277,7 @@ def test_the_limit_comes_back_fast_to_where_it_fell_and_slowly_above() -> None:
         limiter.leaves(call, 0.0)
     assert limiter.stats(0.0).limit == 1
     seen = []
-    for n in range(8):
-        now = 1.0 + n
+    for now in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, RAISE_S, RAISE_S + 1, 2 * RAISE_S):
         calls = [Call(str(k)) for k in range(100)]
         for call in calls:
             limiter.comes(call, now)
@@ -288,7 +288,7 @@ def test_the_limit_comes_back_fast_to_where_it_fell_and_slowly_above() -> None:
         seen.append(limiter.stats(now).limit)
         gone(limiter, [call for call in calls if not call.inside], now)
         gone(limiter, [call for call in calls if call.inside], now)
-    assert seen == [2, 4, 8, 14, 15, 16, 17, 18]
+    assert seen == [2, 4, 8, 16, 19, 19, 20, 20, 22]
 
 
 def test_without_a_time_a_provider_is_asked_by_one_call_at_growing_distance() -> None:
