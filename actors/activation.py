@@ -2,16 +2,20 @@
 
 `SessionActor` hosts it on Ray, `LocalSessions` in one process; neither adds behaviour. State changes
 only in `_commit_in_order`, which is the one place where order is kept across an await: it validates,
-writes, folds and shows under one lock. Everything else happens between awaits.
+writes, folds and shows under one lock. What waits there meanwhile goes with the next write, in one
+transaction. Everything else happens between awaits.
 
 The turn task and every commit run detached from requests (`actors.detached`).
 """
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import Any, Literal, NamedTuple, Self
 
 import structlog
@@ -84,6 +88,18 @@ CARD_WAIT_S = 5.0
 """For the facts about a model. Without them a default window stands."""
 
 
+@dataclass(eq=False)
+class Commit:
+    """What one caller wants written, and what became of it where another's write took it along."""
+
+    facts_of: Callable[[], Sequence[Fact]]
+    """The facts, when their turn has come."""
+    joins: bool
+    """They are the same whatever is written before them."""
+    records: tuple[Record, ...] | None = None
+    fault: JournalFault | None = None
+
+
 class Activation:
     """Hosts one session while it lives here. Implements `agent.loop.Run`."""
 
@@ -100,6 +116,8 @@ class Activation:
         self.user_token: str | None = None
         self._tasks = Detached()
         self._commits = asyncio.Lock()
+        self.waiting: deque[Commit] = deque()
+        """For the lock, in order. Bounded by the callers: each awaits its own."""
         self._turn_task: asyncio.Task[None] | None = None
         self._step: asyncio.Task[None] | None = None
         self._sandbox: asyncio.Task[Sandbox] | None = None
@@ -167,11 +185,18 @@ class Activation:
     # -- commits -----------------------------------------------------------------------------
 
     async def commit(self, *facts: Fact) -> None:
-        await self._commit(lambda: facts)
+        await self._commit(lambda: facts, joins=True)
 
-    async def _commit(self, facts_of: Callable[[], Sequence[Fact]]) -> tuple[Record, ...]:
+    async def commit_by(self, facts_of: Callable[[], Sequence[Fact]]) -> None:
+        await self._commit(facts_of)
+
+    async def _commit(
+        self, facts_of: Callable[[], Sequence[Fact]], *, joins: bool = False
+    ) -> tuple[Record, ...]:
         """Commit what `facts_of` says when its turn has come; it may raise to refuse."""
-        work = self._tasks.start(self._commit_in_order(facts_of), name="commit")
+        own = Commit(facts_of, joins)
+        self.waiting.append(own)
+        work = self._tasks.start(self._commit_in_order(own), name="commit")
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -179,25 +204,57 @@ class Activation:
             await asyncio.wait({work})
             raise
 
-    async def _commit_in_order(self, facts_of: Callable[[], Sequence[Fact]]) -> tuple[Record, ...]:
+    async def _commit_in_order(self, own: Commit) -> tuple[Record, ...]:
         async with self._commits:
-            facts = facts_of()
+            if own.fault is not None:
+                raise own.fault
+            if own.records is not None:
+                return own.records
+            self.waiting.remove(own)
+            facts = own.facts_of()
             if not facts:
                 return ()
+            company = self._company()
             try:
-                records = await self._kit.journal.append(self.session_id, self.context.epoch, facts)
-            except MessageKnown:
-                raise
-            except JournalFault as fault:
-                self._lose(fault)
-                raise
-            self.context.fold(records)
-            self.feed.show_records(records)
-            # Here and not in the caller: who asked may have left by now, and the facts count.
-            if any(isinstance(record.fact, InterruptRequested) for record in records):
-                self._interrupt_step()
-            self._kick()
-            return records
+                return await self._write(facts, company)
+            except (MessageKnown, ValueError):
+                # Nothing was written, and it may be one alone that is refused: each for itself.
+                if not company:
+                    raise
+                self.waiting.extendleft(reversed(company))
+                return await self._write(facts, [])
+
+    def _company(self) -> list[Commit]:
+        """The commits that wait next in line and may go with the one before them."""
+        company: list[Commit] = []
+        while self.waiting and self.waiting[0].joins:
+            company.append(self.waiting.popleft())
+        return company
+
+    async def _write(self, facts: Sequence[Fact], company: Sequence[Commit]) -> tuple[Record, ...]:
+        """Append, fold and show; the records of `facts`. Those who come along find theirs."""
+        parts = [facts, *(each.facts_of() for each in company)]
+        together = [fact for part in parts for fact in part]
+        try:
+            records = await self._kit.journal.append(self.session_id, self.context.epoch, together)
+        except MessageKnown:
+            raise
+        except JournalFault as fault:
+            for each in company:
+                each.fault = fault
+            self._lose(fault)
+            raise
+        rest = iter(records)
+        own, *others = (tuple(islice(rest, len(part))) for part in parts)
+        for each, written in zip(company, others, strict=True):
+            each.records = written
+        self.context.fold(records)
+        self.feed.show_records(records)
+        # Here and not in the caller: who asked may have left by now, and the facts count.
+        if any(isinstance(record.fact, InterruptRequested) for record in records):
+            self._interrupt_step()
+        self._kick()
+        return own
 
     def _lose(self, fault: Fault) -> None:
         """This incarnation is over, without a last fact: another one owns the session, or nobody can

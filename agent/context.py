@@ -179,9 +179,9 @@ class Context:
                 if reason == "recovered" and self.turn is not None:
                     self.recovered_at.append(record.at)
             case AssistantMessage() as fact:
-                calls = {call.tool_call_id: Call(call) for call in fact.tool_calls}
-                self.view.append(AssistantEntry(record.seq, fact.turn, fact, calls))
-                self.call_ids |= calls.keys()
+                entry = AssistantEntry.of(fact, record.seq)
+                self.view.append(entry)
+                self.call_ids |= entry.calls.keys()
                 self.n_steps += 1
                 # The conversation went on, so a long turn may be compacted again. Not after a failure:
                 # that would fail at every step.
@@ -288,6 +288,14 @@ class Context:
                 return self._owed_by_compaction()
             case _:
                 return self._owed_by_calls(open_calls) or self._owed_by_view()
+
+    def owed_after(self, answer: AssistantMessage) -> Owed:
+        """What is owed once `answer` is a fact too."""
+        self.view.append(AssistantEntry.of(answer, self.head + 1))
+        try:
+            return self.owed()
+        finally:
+            self.view.pop()
 
     def _last_assistant(self) -> AssistantEntry | None:
         return next((e for e in reversed(self.view) if isinstance(e, AssistantEntry)), None)

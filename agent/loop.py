@@ -6,7 +6,7 @@ the same loop goes on.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -67,6 +67,10 @@ class Run(Protocol):
         """
         ...
 
+    async def commit_by(self, facts_of: Callable[[], Sequence[Fact]]) -> None:
+        """The same for what `facts_of` says when everything asked before is in `context`."""
+        ...
+
     def show(self, delta: Delta) -> None: ...
 
     async def sandbox(self) -> Sandbox:
@@ -108,17 +112,23 @@ async def advance(run: Run) -> None:
                 await run.interruptible(summaries.compact(run, upto))
             case Summarise(seed):
                 await run.interruptible(summaries.seed(run, seed))
-            case RequestApproval(asks):
-                request = ApprovalRequested(turn=_turn(run), asks=asks)
-                await run.commit(request, TurnEnded(turn=_turn(run), reason="approval"))
-            case End(reason, code, detail):
-                await run.commit(
-                    TurnEnded(turn=_turn(run), reason=reason, code=code, detail=detail)
-                )
+            case RequestApproval():
+                await run.commit(*_requested(run, owed))
+            case End():
+                await run.commit(_ended(run, owed))
 
 
 def _turn(run: Run) -> int:
     return run.context.turn.fact.turn if run.context.turn else 0
+
+
+def _ended(run: Run, end: End) -> TurnEnded:
+    return TurnEnded(turn=_turn(run), **end._asdict())
+
+
+def _requested(run: Run, request: RequestApproval) -> list[Fact]:
+    asked = ApprovalRequested(turn=_turn(run), asks=request.asks)
+    return [asked, TurnEnded(turn=_turn(run), reason="approval")]
 
 
 def _overtime(run: Run, began_s: float) -> bool:
@@ -191,9 +201,35 @@ async def call_model(run: Run) -> None:
         ended = TurnEnded(turn=part.turn, reason="failed", code=fault.code, detail=fault.detail)
         await run.commit(part.called(fault=fault.code), ended)
     else:
-        calls = _with_fresh_ids(run.context, completion.tool_calls, part.part_id)
-        message = part.message(completion.finish_reason, calls, completion.reasoning)
-        await run.commit(part.called(completion), message)
+        await _answer(run, part, completion)
+
+
+async def _answer(run: Run, part: Part, completion: Completion) -> None:
+    """Commit an answer together with what follows from it at once: the turn's end, the question to a
+    person, or the start of its calls, which then run."""
+    calls = _with_fresh_ids(run.context, completion.tool_calls, part.part_id)
+    message = part.message(completion.finish_reason, calls, completion.reasoning)
+    called = part.called(completion)
+    due: tuple[Due, ...] = ()
+
+    def facts() -> list[Fact]:
+        nonlocal due
+        follows: list[Fact] = []
+        match run.context.owed_after(message):
+            case End() as end:
+                follows = [_ended(run, end)]
+            case RequestApproval() as request:
+                follows = _requested(run, request)
+            case RunTools(calls) if not run.is_pausing():
+                due = calls
+                follows = _started(run, calls)
+            case _:
+                pass
+        return [called, message, *follows]
+
+    await run.commit_by(facts)
+    if due:
+        await _settled(run, due)
 
 
 async def _completion(run: Run, part: Part) -> Completion:
@@ -232,8 +268,16 @@ def _with_fresh_ids(
 
 async def run_tools(run: Run, calls: Sequence[Due]) -> None:
     """Run calls together; each settles by itself, as soon as it is there."""
+    await run.commit(*_started(run, calls))
+    await _settled(run, calls)
+
+
+def _started(run: Run, calls: Sequence[Due]) -> list[Fact]:
+    return [ToolStarted(turn=_turn(run), **call._asdict()) for call in calls]
+
+
+async def _settled(run: Run, calls: Sequence[Due]) -> None:
     turn = _turn(run)
-    await run.commit(*(ToolStarted(turn=turn, **call._asdict()) for call in calls))
     try:
         async with asyncio.TaskGroup() as group:
             for call in calls:

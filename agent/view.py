@@ -53,6 +53,11 @@ class AssistantEntry:
     message: AssistantMessage
     calls: dict[str, Call] = field(default_factory=dict[str, Call])
 
+    @classmethod
+    def of(cls, message: AssistantMessage, seq: int) -> "AssistantEntry":
+        calls = {call.tool_call_id: Call(call) for call in message.tool_calls}
+        return cls(seq, message.turn, message, calls)
+
     @property
     def unsettled(self) -> list[Call]:
         return [call for call in self.calls.values() if call.result is None]

@@ -48,6 +48,7 @@ from agent.spec import ApprovalPolicy, ApprovalRule, Compaction, Limits
 from agent.testing import Reply, ScriptedModel
 from tests.actors.conftest import MakeStand
 from tests.support.house import ALICE, BOB, SOON_S, Echo, FakeOpener, Wait
+from tests.support.processes import eventually
 from tests.support.stand import ASKING, SAY, SPEC, SlowJournal, call, requests_of
 
 
@@ -684,3 +685,89 @@ async def test_one_call_for_pages_ends_after_its_size_and_the_next_goes_on(
         assert n_chars < MAX_STRETCH_CHARS + MAX_PAGE_CHARS + 2 * len(text)
     assert n_calls >= 2
     assert heard == list(range(1, activation.context.head + 1))
+
+
+class CountingJournal(SlowJournal):
+    """Keeps what each append wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.appends: list[list[str]] = []
+
+    async def append(self, *args: Any) -> Any:
+        records = await super().append(*args)
+        self.appends.append([record.fact.type for record in records])
+        return records
+
+
+async def test_facts_that_are_ready_together_are_one_transaction(stand: MakeStand) -> None:
+    journal = CountingJournal()
+    made = stand(Reply("a", tool_calls=(call("echo"), call("burst"))), SAY, journal=journal)
+    activation = await made.open()
+    journal.appends.clear()
+    assert (await made.ended(activation, "go")).reason == "done"
+    first, second, *results, last = journal.appends
+    assert first == ["user_message"]
+    assert second == ["model_called", "assistant_message", "tool_started", "tool_started"]
+    assert [kind for each in results for kind in each] == ["tool_finished"] * 2
+    assert last == ["model_called", "assistant_message", "turn_ended"]
+
+
+async def test_an_answer_that_asks_a_person_ends_its_turn_in_one_transaction(
+    stand: MakeStand,
+) -> None:
+    journal = CountingJournal()
+    made = stand(Reply(tool_calls=(call("effect"),)), journal=journal)
+    assert (await made.ended(await made.open(ASKING), "go")).reason == "approval"
+    asked = ["model_called", "assistant_message", "approval_requested", "turn_ended"]
+    assert journal.appends[-1] == asked
+
+
+async def waiting_for(activation: Activation, n_commits: int) -> None:
+    async def are_there() -> bool:
+        return len(activation.waiting) == n_commits
+
+    await eventually(are_there, SOON_S)
+
+
+async def test_commits_that_wait_go_together_and_only_what_is_refused_is_refused(
+    stand: MakeStand,
+) -> None:
+    journal = CountingJournal()
+    made = stand(SAY, journal=journal)
+    activation = await made.open()
+    journal.appends.clear()
+    called = ModelCalled(model="m", usage=None, cost_usd=None, latency_ms=0)
+    unspeakable = called.model_copy(update={"model": "\ud800"})  # no JSON holds it
+    journal.gate.clear()
+    first = asyncio.create_task(activation.commit(called))
+    await journal.waiting.wait()
+    facts = [called, called, unspeakable, called]
+    waiting = [asyncio.create_task(activation.commit(fact)) for fact in facts]
+    command = asyncio.create_task(activation.submit(ALICE, SwitchModel(model="scripted/y")))
+    waiting.append(asyncio.create_task(activation.commit(called)))
+    await waiting_for(activation, 6)
+    journal.gate.set()
+    outcomes = await asyncio.gather(first, *waiting, return_exceptions=True)
+    assert [isinstance(each, ValueError) for each in outcomes] == [False] * 3 + [True] + [False] * 2
+    await command
+    written = [kind for each in journal.appends for kind in each]
+    assert written == ["model_called"] * 4 + ["model_switched", "model_called"]
+    assert journal.appends[-1] == ["model_switched", "model_called"]
+
+
+async def test_commits_that_wait_behind_one_are_one(stand: MakeStand) -> None:
+    journal = CountingJournal()
+    made = stand(SAY, journal=journal)
+    activation = await made.open()
+    journal.appends.clear()
+    called = ModelCalled(model="m", usage=None, cost_usd=None, latency_ms=0)
+    journal.gate.clear()
+    first = asyncio.create_task(activation.commit(called))
+    await journal.waiting.wait()
+    waiting = [asyncio.create_task(activation.commit(called, called)) for _ in range(3)]
+    await waiting_for(activation, 3)
+    journal.gate.set()
+    await asyncio.gather(first, *waiting)
+    assert [len(each) for each in journal.appends] == [1, 6]
+    assert activation.context.n_calls == 7
