@@ -10,10 +10,13 @@ import contextlib
 import io
 import logging
 import os
+import resource
 import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack, aclosing
 from pathlib import Path
@@ -23,8 +26,19 @@ from agent.faults import Fault
 from agent.journals import open_journal
 from agent.snapshots import check_filesystem
 from agent.vault import Vault
-from serve_app.settings import TroupeSettings, with_absolute_paths
+from serve_app.settings import ServeSettings, TroupeSettings, with_absolute_paths
 
+HAPROXY_FOLDER = "troupe-haproxy-"
+HAPROXY_CONFIG = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
+REPLICA_PORTS = range(20_000, 32_000, 100)
+"""Where a house's replicas begin to look for ports: above those of Ray's workers, below those that the
+system gives away."""
+CONNECTIONS = 2
+"""Times what the replicas take on at once, for those that are kept open."""
+FILES = 3
+"""That HAProxy may open for a connection: two ends and its pipes."""
+SPARE_FILES = 200
+"""What HAProxy opens that is no connection."""
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Events are small and travel inline; Ray's own default is 30 % of the machine's memory."""
 
@@ -69,7 +83,10 @@ class Cluster:
         return running
 
     def _start(self, settings: TroupeSettings, ends: ExitStack) -> Running:
-        prepare_environment(os.environ)
+        prepare_environment(os.environ, settings.serve)
+        folder = Path(os.environ.get(HAPROXY_CONFIG, "")).parent
+        if folder.name.startswith(HAPROXY_FOLDER):  # made up here
+            ends.callback(shutil.rmtree, folder, ignore_errors=True)
         # After the environment and late for the same reason.
         import ray  # late: see the module
         from ray import serve
@@ -124,7 +141,7 @@ def roll(settings: TroupeSettings, say: Callable[[str], None]) -> None:
         CannotStart: the cluster cannot be reached.
         Unavailable: says how far it came; when the code does not start, nothing was changed.
     """
-    prepare_environment(os.environ)
+    prepare_environment(os.environ, settings.serve)
     # After the environment and late, as in `Cluster`.
     import ray
     from ray import serve
@@ -167,7 +184,7 @@ def code_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def prepare_environment(environ: MutableMapping[str, str]) -> None:
+def prepare_environment(environ: MutableMapping[str, str], edge: ServeSettings) -> None:
     """Ray's switches, for this process and every one that Ray starts from it. What is set, stays.
 
     A local Ray listens on every address of the machine (`ray.init` has no way to keep it on
@@ -183,9 +200,44 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     )
     if "RAY_ADDRESS" in environ:
         return
+    if edge.proxy == "haproxy":
+        for name, value in haproxy_environment(edge).items():
+            environ.setdefault(name, value)
     environ.setdefault("RAY_AUTH_MODE", "token")
     if environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in environ:
         environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def haproxy_environment(edge: ServeSettings) -> dict[str, str]:
+    """Serve's switches that put HAProxy before the replicas, which then run the app on their own event
+    loop. Nothing in it is shared with another house of the machine: Serve's own defaults are fixed
+    ports and one folder."""
+    n_connections = CONNECTIONS * edge.replicas * (edge.max_requests + edge.max_streams)
+    _, n_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if n_files != resource.RLIM_INFINITY:
+        n_connections = min(n_connections, (n_files - SPARE_FILES) // FILES)
+    lowest = secrets.choice(REPLICA_PORTS)
+    folder = Path(tempfile.gettempdir()) / f"{HAPROXY_FOLDER}{secrets.token_hex(4)}"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("troupe-haproxy")),
+        HAPROXY_CONFIG: str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        # A line per request, read in Python.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # HAProxy does not start when it may not open the files for them.
+        "RAY_SERVE_HAPROXY_MAXCONN": str(n_connections),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("127.0.0.1", 0)),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(lowest),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(lowest + REPLICA_PORTS.step - 1),
+        # Serve's 30 s are for load balancers that look rarely; HAProxy is told.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    }
 
 
 def _join_or_start(ray: Any, runtime_env: dict[str, Any] | None = None) -> Any:

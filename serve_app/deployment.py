@@ -53,6 +53,7 @@ def deploy(settings: TroupeSettings) -> None:
     edge: Any = serve.deployment(
         ingress(),
         name="edge",
+        num_replicas=settings.serve.replicas,
         max_ongoing_requests=HEADROOM * (settings.serve.max_requests + settings.serve.max_streams),
         max_queued_requests=MAX_QUEUED,
         graceful_shutdown_timeout_s=SHUTDOWN_WAIT_S,

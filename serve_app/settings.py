@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from actors.settings import ActorsSettings
 from agent.settings import AgentSettings, Section, load
+
+HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")  # noqa: S104  compared, not bound
 
 
 class ServeSettings(Section):
@@ -17,6 +19,10 @@ class ServeSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free one."""
+    proxy: Literal["haproxy", "serve"] = "haproxy"
+    """What stands between callers and replicas: HAProxy, which is fast, or Serve's own in Python."""
+    replicas: int = Field(default=1, ge=1)
+    """Processes of the edge. They hold no state; one is a core's worth."""
     dev: bool = False
     """No keys: every caller is the user `dev`. Only on a loopback host."""
     keys_file: Path = Path("keys.yaml")
@@ -34,6 +40,16 @@ class ServeSettings(Section):
     def _dev_stays_at_home(self) -> Self:
         if self.dev and not is_loopback(self.host):
             raise ValueError(f"dev has no keys, so it listens on loopback only, not on {self.host}")
+        return self
+
+    @model_validator(mode="after")
+    def _haproxy_reaches_the_replicas(self) -> Self:
+        # Replicas listen where the proxy does, and HAProxy calls them by 127.0.0.1 (2.60).
+        if self.proxy == "haproxy" and self.host not in HAPROXY_HOSTS:
+            raise ValueError(
+                f"HAProxy listens on {' or '.join(HAPROXY_HOSTS)}, not on {self.host};"
+                " with `proxy: serve` any host can be had"
+            )
         return self
 
 

@@ -20,7 +20,7 @@ from tests.support.house import AGENTS
 from tests.support.postgres import postgres  # noqa: F401  the fixture
 
 # Ray reads its switches when it is imported, which test modules do before the house starts.
-prepare_environment(os.environ)
+prepare_environment(os.environ, ServeSettings())
 
 logs.configure()
 

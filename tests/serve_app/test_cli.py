@@ -21,6 +21,7 @@ from serve_app.cli import N_SHOWN
 from serve_app.cli_models import PROVIDERS, SCRIPTED, choose
 from serve_app.cli_run import AlreadyRunning, Run, RunFile
 from serve_app.cluster import CannotStart, free_port, prepare_environment
+from serve_app.settings import ServeSettings
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 30.0
@@ -159,11 +160,11 @@ def test_the_default_models_are_ones_that_litellm_knows() -> None:
 
 def test_a_local_ray_always_has_a_token() -> None:
     environ: dict[str, str] = {}
-    prepare_environment(environ)
+    prepare_environment(environ, ServeSettings())
     assert environ["RAY_AUTH_MODE"] == "token"
     assert len(environ["RAY_AUTH_TOKEN"]) == 64
     other: dict[str, str] = {}
-    prepare_environment(other)
+    prepare_environment(other, ServeSettings())
     assert other["RAY_AUTH_TOKEN"] != environ["RAY_AUTH_TOKEN"]
 
 
@@ -177,7 +178,7 @@ def test_a_local_ray_always_has_a_token() -> None:
 )
 def test_no_token_is_made_up_where_the_operator_said_something_else(given: dict[str, str]) -> None:
     environ = dict(given)
-    prepare_environment(environ)
+    prepare_environment(environ, ServeSettings())
     assert "RAY_AUTH_TOKEN" not in environ
     assert environ.items() >= given.items()
 

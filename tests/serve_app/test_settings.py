@@ -19,8 +19,14 @@ def test_dev_listens_on_loopback_only(tmp_path: Path, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])
 def test_dev_listens_on_any_loopback(tmp_path: Path, host: str) -> None:
-    (tmp_path / "mine.yaml").write_text(f"serve: {{dev: true, host: '{host}'}}")
+    (tmp_path / "mine.yaml").write_text(f"serve: {{dev: true, host: '{host}', proxy: serve}}")
     assert load_settings([tmp_path / "mine.yaml"]).serve.host == host
+
+
+def test_haproxy_has_its_hosts(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("serve: {host: '10.0.0.7'}")
+    with pytest.raises(SettingsInvalid, match="proxy: serve"):
+        load_settings([tmp_path / "mine.yaml"])
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
