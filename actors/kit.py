@@ -3,11 +3,12 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from actors.pace import Pace
 from actors.settings import ActorsSettings
 from agent.journal import Journal, utc_now
 from agent.model.contract import Model
@@ -19,6 +20,10 @@ from agent.spec import AgentSpec, SandboxSpec
 from agent.tools.contract import Tool, Tools
 from agent.tools.router import ToolRouter
 from agent.tools.standard import standard_tools
+
+PAGE_COST_S = 0.0005
+"""CPU of a page on its way to a reader, in the session's process, the edge and what lies between, with a
+core for it: measured on the machine of docs/performance.md."""
 
 
 class OpenSandbox(Protocol):
@@ -38,6 +43,8 @@ class Kit:
     make_tools: Callable[[ToolSettings], Sequence[Tool]] = standard_tools
     now_s: Callable[[], float] = time.monotonic
     utc_now: Callable[[], datetime] = utc_now
+    reading: Pace = field(default_factory=lambda: Pace(PAGE_COST_S, time.monotonic))
+    """Of the readers of all sessions here."""
 
     def tools(self, spec: AgentSpec) -> Tools:
         """The tools that an agent may call; one router per session."""

@@ -9,10 +9,10 @@ token leaves at once, and nothing wakes while nothing comes.
 import asyncio
 from collections.abc import Callable
 
-FLOWING_S = 0.25
+FLOWING_S = 1.0
 """After its last send a stream counts as flowing for this long."""
-MAX_WAIT_S = 0.1
-"""However many flow: what a person still reads as steady."""
+MAX_WAIT_S = 0.5
+"""However many flow: what a person still takes for a stream."""
 
 
 class Pace:
@@ -27,39 +27,32 @@ class Pace:
     def __init__(self, send_cost_s: float, now_s: Callable[[], float]) -> None:
         self._send_cost_s = send_cost_s
         self._now_s = now_s
-        self._flowing: dict[object, float] = {}
-        """When each stream sent last, the longest ago first."""
-
-    def wait_s(self, stream: object) -> float:
-        """How long `stream` should wait with its next send. 0: it may send now."""
-        now_s = self._now_s()
-        self._forget(now_s)
-        sent_s = self._flowing.get(stream)
-        if sent_s is None:
-            return 0.0
-        return max(0.0, sent_s + self.interval_s - now_s)
+        self._sent_s: dict[object, float] = {}
+        """When each stream that flows sent last, the longest ago first."""
 
     @property
     def interval_s(self) -> float:
         """Between two sends of one stream, now."""
-        return min(MAX_WAIT_S, len(self._flowing) * self._send_cost_s)
+        before_s = self._now_s() - FLOWING_S
+        while self._sent_s and next(iter(self._sent_s.values())) <= before_s:
+            del self._sent_s[next(iter(self._sent_s))]
+        return min(MAX_WAIT_S, len(self._sent_s) * self._send_cost_s)
+
+    def wait_s(self, stream: object) -> float:
+        """How long `stream` should wait with its next send. 0: it may send now."""
+        interval_s = self.interval_s
+        sent_s = self._sent_s.get(stream)
+        return 0.0 if sent_s is None else max(0.0, sent_s + interval_s - self._now_s())
 
     def sent(self, stream: object) -> None:
-        self._flowing.pop(stream, None)
-        self._flowing[stream] = self._now_s()
+        self._sent_s.pop(stream, None)
+        self._sent_s[stream] = self._now_s()
 
     def ended(self, stream: object) -> None:
-        self._flowing.pop(stream, None)
+        self._sent_s.pop(stream, None)
 
     async def turn(self, stream: object) -> None:
         """Wait until `stream` may send, and count that it does."""
         if wait_s := self.wait_s(stream):
             await asyncio.sleep(wait_s)
         self.sent(stream)
-
-    def _forget(self, now_s: float) -> None:
-        while self._flowing:
-            stream, sent_s = next(iter(self._flowing.items()))
-            if sent_s + FLOWING_S > now_s:
-                return
-            del self._flowing[stream]
