@@ -27,6 +27,7 @@ class Hosted(NamedTuple):
 class SessionHost:
     def __init__(self, kit: Kit, name: str, tell: Callable[[Report], None]) -> None:
         self.name = name
+        self.node = ""
         self.alive = True
         self.current = True
         self._kit = kit

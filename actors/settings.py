@@ -37,6 +37,11 @@ class ActorsSettings(Section):
     """Of `max_sessions`, for the bulk lane."""
     reservation_s: float = Field(default=60.0, gt=0)
     """A slot that was taken and not confirmed is given back after this."""
+    idle_s: float | None = Field(default=600.0, gt=0)
+    """A session without a turn leaves after this. None: only when its slot or its memory is needed."""
+    memory_high: float = Field(default=0.85, gt=0, le=1)
+    """Share of a node's memory from which its idle sessions leave, the longest idle first. Ray kills
+    processes at 0.95."""
     warm: WarmSettings = WarmSettings()
     call_timeout_s: float = Field(default=60.0, gt=0)
     """Limit of one call between the edge, the manager and a session actor."""

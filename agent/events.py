@@ -19,7 +19,7 @@ from agent.spec import AgentSpec
 
 Outcome = Literal["ok", "error", "denied", "cancelled", "unknown"]
 """`unknown`: the call had started and its process died; it may or may not have happened."""
-PassivationReason = Literal["idle", "capacity", "shutdown", "rolled"]
+PassivationReason = Literal["idle", "capacity", "memory", "shutdown", "rolled"]
 """The last two come in the middle of a turn, too. `rolled`: a newer version takes over."""
 EndReason = Literal["done", "interrupted", "limit", "failed", "approval"]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from actors.desk import MAX_MOVES, Desk, Host, Route
-from actors.gateway import ModelGateway
+from actors.desk import Desk, Host, Route
+from actors.gateway_plane import ModelGateway
 from actors.host import SessionHost
 from actors.kit import Kit
 from actors.local import LocalHosts, LocalSessions
+from actors.moves import MAX_MOVES
 from actors.protocol import (
     AtCapacity,
     Close,
@@ -296,7 +297,14 @@ async def test_nothing_is_kept_of_who_left(house: Make) -> None:
     assert await sessions.desk.when_live("nobody", 0.01) is None
     await sessions.submit(ALICE, session_id, Close())
     desk = sessions.desk
-    assert (desk._tokens._remembered, desk._arrivals, desk._moves, desk._placed) == ({}, {}, {}, {})
+    kept = (
+        desk._tokens._remembered,
+        desk._housing._arrivals,
+        desk._moves,
+        desk._homes,
+        desk._homes._at,
+    )
+    assert [len(each) for each in kept] == [0, 0, 0, 0, 0]
 
 
 async def test_a_gateway_call_that_dies_of_a_defect_ends() -> None:

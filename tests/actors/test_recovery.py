@@ -383,7 +383,7 @@ async def test_any_schedule_of_deaths_leaves_exact_slots_and_ended_turns(
         heard = await follow(sessions, who, session_id, live=False, after=Cursor())
         assert [fact["seq"] for fact in heard.facts] == list(range(1, len(facts) + 1))
     live = {lease.session_id for lease in sessions.desk.ledger.leases}
-    assert live == set(sessions.desk._placed)
+    assert live == set(sessions.desk._homes._of)
     assert (await sessions.capacity(ALICE)).live == len(live) <= 3
     for zombie, session_id in zombies:
         await zombie.end(session_id)
