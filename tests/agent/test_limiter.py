@@ -349,3 +349,18 @@ def test_requests_per_minute_hold_calls_back() -> None:
     assert limiter.let_in(0.0) == 5.0
     assert limiter.let_in(5.0) == 10.0
     assert [call.inside for call in calls] == [True, True, True, False]
+
+
+def test_a_small_call_does_not_pass_a_large_one_that_waits() -> None:
+    limiter = Limiter(ModelLimits(tokens_per_minute=6000), 0.0)  # 1000 are kept
+    large, small = Call("a"), Call("b")
+    limiter.expects(large, 8000, 1)
+    limiter.expects(small, 4, 1)
+    first = Call("c")
+    limiter.expects(first, 400, 1)
+    assert [limiter.comes(call, 0.0) for call in (first, large, small)] == [True, False, False]
+    assert limiter.let_in(0.0) == 1.01
+    limiter.let_in(1.01)
+    assert large.inside
+    assert not small.inside
+    assert limiter.let_in(1.01) > 11.0  # the debt of the large one comes first
