@@ -61,8 +61,12 @@ class SessionManager:
     async def __init__(self, agent: AgentSettings, actors: ActorsSettings, generation: str) -> None:
         logs.configure()
         self._generation = generation
-        self._hosts = RayHosts(agent, actors, generation, died=self._host_died)
-        self._nodes = Nodes(agent, actors, generation, self._is_rolled)
+        self._hosts = RayHosts(
+            agent, actors, generation, died=self._host_died, is_quiet=self._is_quiet
+        )
+        self._nodes = Nodes(
+            agent, actors, generation, is_rolled=self._is_rolled, seen=self._hosts.note_memory
+        )
         self._nodes.begin()
         # Not here: Ray does not restart an actor whose constructor failed, and the journal may be away.
         self._beginning = spawn(self._begin(agent, actors), name="begin")
@@ -79,11 +83,14 @@ class SessionManager:
             if not host.alive:  # it died meanwhile, when there was no desk to tell
                 desk.host_died(host.name)
         desk.begin()
-        self._hosts.keep_warm()
+        self._hosts.begin()
         return desk
 
     def _is_rolled(self) -> bool:
         return self._beginning.done() and not self._beginning.result().outdated()
+
+    def _is_quiet(self) -> bool:
+        return not self._beginning.done() or not self._beginning.result().ledger.n_live
 
     @staticmethod
     async def _kit(agent: AgentSettings, actors: ActorsSettings) -> Kit:

@@ -17,7 +17,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.detached import Detached, spawn
-from actors.remote import NAMESPACE, names
+from actors.memory import NodeMemory, node_memory
+from actors.protocol import Unavailable
+from actors.remote import NAMESPACE, answer, names
 from actors.settings import ActorsSettings
 from agent import logs
 from agent.journals import open_journal
@@ -30,6 +32,12 @@ PREFIX = "node-"
 MAX_CALLS = 10_000
 """At once: a stalled journal lets one wait for every session of the node."""
 CLOSE_WAIT_S = 5.0
+LOOK_S = 2.0
+"""Between two readings of the nodes' memory: what takes it does so within seconds."""
+LOOK_LIMIT_S = 2.0
+MAX_LOOKS_PER_S = 100
+"""Of all nodes together, which each cost the manager about 0.5 ms: with more than 200 nodes a reading is made
+less often."""
 
 
 class Refused(NamedTuple):
@@ -46,6 +54,9 @@ class NodeActor:
 
     async def ready(self) -> bool:
         return not self._reaping.done()
+
+    async def memory(self) -> NodeMemory:
+        return await asyncio.to_thread(node_memory)
 
     async def journal(self, method: str, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
         """What the method of the journal returns, or Refused."""
@@ -94,6 +105,7 @@ class Nodes:
 
     Args:
         is_rolled: whether no session lives on older code: then the older actors have nobody to serve.
+        seen: called with a node's id and memory, every `LOOK_S` for every node.
     """
 
     def __init__(
@@ -102,7 +114,11 @@ class Nodes:
         actors: ActorsSettings,
         generation: str,
         is_rolled: Callable[[], bool],
+        seen: Callable[[str, NodeMemory], None],
     ) -> None:
+        self._seen = seen
+        self._by_node: dict[str, Any] = {}
+        """The actors of the nodes that live."""
         self._generation = generation
         self._is_rolled = is_rolled
         self._agent = agent
@@ -111,6 +127,7 @@ class Nodes:
 
     def begin(self) -> None:
         self._tasks.start(self._keep(), name="nodes")
+        self._tasks.start(self._look(), name="memory")
 
     async def close(self) -> None:
         """Start no more. Those that run go with the house."""
@@ -123,11 +140,30 @@ class Nodes:
                 await asyncio.to_thread(self._end_older)
             await asyncio.sleep(self._actors.reap_s)
 
+    async def _look(self) -> None:
+        while True:
+            nodes = self._by_node
+            await asyncio.gather(*(self._look_at(*node) for node in nodes.items()))
+            await asyncio.sleep(max(LOOK_S, len(nodes) / MAX_LOOKS_PER_S))
+
+    async def _look_at(self, node: str, actor: Any) -> None:
+        lost = Unavailable("The node's actor does not answer.")
+        try:
+            # Not again when it dies: a reading is for now.
+            call = actor.memory.options(max_task_retries=0).remote()
+            self._seen(node, await answer(call, lost, LOOK_LIMIT_S))
+        except Unavailable:
+            return  # it starts, or the node is away: the next reading will tell
+
     def _ensure(self) -> None:
         try:
-            for node in ray.nodes():
-                if node["Alive"]:
-                    node_actor(node["NodeID"], self._generation, self._agent, self._actors)
+            self._by_node = {
+                node["NodeID"]: node_actor(
+                    node["NodeID"], self._generation, self._agent, self._actors
+                )
+                for node in ray.nodes()
+                if node["Alive"]
+            }
         except (RayError, ValueError, ConnectionError) as error:
             # A node that went while it was asked for, or Ray's own store is away: next time.
             log.warning("node_actor_not_started", error=type(error).__name__)

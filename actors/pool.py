@@ -12,8 +12,8 @@ All state changes between awaits, so there is no lock.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
@@ -28,6 +28,8 @@ MAX_STARTING = 4
 need too."""
 MAX_AHEAD = 2
 """Hosts that start at once for nobody, while no session lives."""
+SETTLE_S = 1.0
+"""Before the first start in the background after a host was taken."""
 FAILED_PAUSE_S = 5.0
 """After a start in the background that failed."""
 CLOSE_WAIT_S = 5.0
@@ -49,7 +51,7 @@ H = TypeVar("H", bound=Empty)
 class Source(Protocol[H]):
     """Where hosts come from and go to."""
 
-    async def start(self) -> H:
+    def start(self) -> Coroutine[Any, Any, H]:
         """A new host, ready for a session.
 
         Raises:
@@ -96,7 +98,7 @@ class Pool(Generic[H]):
         """To be used only while no fresh one waits."""
         self._wanted: deque[asyncio.Future[H]] = deque()
         """By those who wait, the first first."""
-        self._starts: set[asyncio.Task[None]] = set()
+        self._starts: set[asyncio.Task[H]] = set()
         self._n_tidied = 0
         """Being tidied: as good as started."""
         self._is_failing = False
@@ -157,48 +159,47 @@ class Pool(Generic[H]):
         n_ahead = max(0, self._n_coming - len(self._wanted))
         return 0 if self._closing else self._min - len(self._fresh) - n_ahead
 
-    def _begin_start(self) -> asyncio.Task[None]:
-        start = self._tasks.start(self._start(), name="start")
+    def _begin_start(self) -> asyncio.Task[H]:
+        start = self._tasks.start(self._source.start(), name="start")
         self._starts.add(start)
         start.add_done_callback(self._started)
         return start
 
-    async def _start(self) -> None:
-        try:
-            host = await self._source.start()
-        except Unavailable as fault:
-            log.warning("host_not_started", code=fault.code)
+    def _started(self, start: asyncio.Task[H]) -> None:
+        self._starts.discard(start)
+        if start.cancelled():
+            return
+        if (fault := start.exception()) is None:
+            self._offer(start.result())
+        else:
+            is_expected = isinstance(fault, Unavailable)
+            log.warning("host_not_started", exc_info=None if is_expected else fault)
             self._is_failing = True
             if place := self._next():
                 place.set_exception(fault)
-        else:
-            self._offer(host)
-
-    def _started(self, start: asyncio.Task[None]) -> None:
-        self._starts.discard(start)
-        if not start.cancelled():
-            start.result()
         self.keep_warm()
 
     async def _fill(self) -> None:
-        """Start what is missing, one by one where sessions live."""
+        """Start what is missing, one by one where sessions live. First of all it pauses: a burst of
+        sessions that took hosts has the CPU before those that may come."""
+        pause_s = SETTLE_S
         try:
             while self._n_missing > 0:
+                pause_s = FAILED_PAUSE_S if self._is_failing else pause_s
+                self._is_failing = False
+                await self._pause(max(1 / self._settings.start_rate, pause_s))
+                pause_s = 0.0
                 is_quiet = self._is_quiet()
-                if len(self._starts) >= (MAX_AHEAD if is_quiet else 1):
+                while len(self._starts) >= (MAX_AHEAD if is_quiet else 1):
                     await asyncio.wait(self._starts, return_when=asyncio.FIRST_COMPLETED)
-                    continue
-                began_s = self._now_s()
-                start = self._begin_start()
-                if not is_quiet:
-                    await asyncio.wait({start})
-                # As long as a start took, nothing starts: that leaves the CPU to the turns, and the
-                # less there is of it, the longer a start takes.
-                took_s = 0.0 if is_quiet else self._now_s() - began_s
-                await self._pause(max(1 / self._settings.start_rate, took_s))
-                if self._is_failing:
-                    self._is_failing = False
-                    await self._pause(FAILED_PAUSE_S)
+                if self._n_missing > 0:
+                    began_s = self._now_s()
+                    start = self._begin_start()
+                    if not is_quiet:
+                        # As long as a start took, nothing starts: that leaves the CPU to the turns, and
+                        # the less there is of it, the longer a start takes.
+                        await asyncio.wait({start})
+                        pause_s = self._now_s() - began_s
         finally:
             self._filling = None
 

@@ -1,7 +1,7 @@
-"""Hosts on Ray: session actors, a few of them warm, each watched for its death."""
+"""Hosts on Ray: session actors, each watched for its death. Which of them wait for sessions, and how
+many, is `actors.pool`'s; where they start, `actors.rooms` says."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -13,8 +13,11 @@ from ray.exceptions import RayError
 from actors.desk import Host
 from actors.detached import Detached
 from actors.host import Hosted
+from actors.memory import NodeMemory
+from actors.pool import Pool
 from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
 from actors.remote import NAMESPACE, answer, names
+from actors.rooms import Rooms
 from actors.session import PREFIX, generation_of, named, session_actor
 from actors.settings import ActorsSettings
 from agent.events import PassivationReason
@@ -29,8 +32,6 @@ MAX_SILENT = 2
 """Probes without an answer before a process is replaced: one may fall into a busy moment."""
 LEAVE_MARGIN_S = 5.0
 """Over what a session may take to leave; one that takes longer is stuck, and its process goes."""
-MAX_STARTING = 4
-"""Actor processes that start at once: each costs 1 to 2 CPU-seconds, which running turns need too."""
 
 
 class RayHost:
@@ -41,6 +42,8 @@ class RayHost:
         self.handle = handle
         self.alive = True
         self.current = current
+        self.node = ""
+        """Empty: not known (yet)."""
         self.started = False
         self.n_uses = 0
         self._timeout_s = actors.call_timeout_s
@@ -50,15 +53,22 @@ class RayHost:
         return Unavailable("The session's process does not answer.", retry_after_s=1)
 
     async def ready(self) -> None:
-        await answer(self.handle.ready.remote(), self._lost(), self._timeout_s)
+        self.node = await answer(self.handle.ready.remote(), self._lost(), self._timeout_s)
         self.started = True
 
     async def answers(self, wait_s: float) -> bool:
         """Whether its loop turns: a process that is stopped or stuck is not dead to Ray."""
         try:
-            return await answer(self.handle.ready.remote(), self._lost(), wait_s)
+            await answer(self.handle.ready.remote(), self._lost(), wait_s)
         except Unavailable:
             return False
+        return True
+
+    async def tidy(self) -> int:
+        """Drop what the last session left; the bytes of memory that its process then takes."""
+        memory_bytes = await answer(self.handle.tidy.remote(), self._lost(), PROBE_WAIT_S)
+        self.handle.ready.remote()  # as in `adopt`
+        return memory_bytes
 
     async def gone(self) -> None:
         """Wait for its death; Ray tells within milliseconds, by the failure of this call."""
@@ -68,7 +78,9 @@ class RayHost:
     async def adopt(self, session_id: str, user_token: str | None = None) -> int:
         self.n_uses += 1
         call = self.handle.adopt.remote(session_id, user_token)
-        return await answer(call, self._lost(), self._timeout_s)
+        epoch = await answer(call, self._lost(), self._timeout_s)
+        self.handle.ready.remote()  # one more call, so that its title tells (`SessionActor`)
+        return epoch
 
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         call = self.handle.submit.remote(who, session_id, command)
@@ -89,16 +101,18 @@ class RayHost:
 
     async def hosted(self) -> list[Hosted]:
         found = await answer(self.handle.hosted.remote(), self._lost(), PROBE_WAIT_S)
+        self.node = await answer(self.handle.ready.remote(), self._lost(), PROBE_WAIT_S)
         self.started = True  # it was taken over, so nobody waits for it to be ready
         return found
 
 
 class RayHosts:
-    """Implements `actors.desk.Hosts`.
+    """Implements `actors.desk.Hosts`, and `actors.pool.Source` for the pool inside.
 
     Args:
         generation: of the code that new actors run; it is in their names, without a dash.
         died: called once for every actor that ends unasked.
+        is_quiet: whether no session lives.
     """
 
     def __init__(
@@ -106,63 +120,54 @@ class RayHosts:
         agent: AgentSettings,
         actors: ActorsSettings,
         generation: str,
+        *,
         died: Callable[[str], None],
+        is_quiet: Callable[[], bool],
     ) -> None:
         self._agent = agent
         self._actors = actors
         self._generation = generation
         self._died = died
-        self._warm: deque[RayHost] = deque()
-        self._starting = asyncio.Semaphore(MAX_STARTING)
+        self._rooms = Rooms()
+        self._pool: Pool[RayHost] = Pool(
+            actors.warm, self, has_room=self._rooms.has_room, is_quiet=is_quiet
+        )
         self._tasks = Detached()
-        self._refill: asyncio.Task[None] | None = None
         self._all: dict[str, RayHost] = {}
-        self._closing = False
+        self._begun = False
 
     @property
     def n_warm(self) -> int:
-        return len(self._warm)
+        return self._pool.n_warm
 
     async def acquire(self) -> RayHost:
-        host = await self._warm_or_new()
-        self.keep_warm()
-        return host
+        return await self._pool.acquire()
 
-    async def _warm_or_new(self) -> RayHost:
-        """A host that was given back while this waited for its start is as good."""
-        if not self._warm:
-            async with self._starting:
-                if not self._warm:
-                    return await self._started()
-        return self._warm.popleft()
+    def begin(self) -> None:
+        """From here on hosts are kept ready."""
+        self._begun = True
+        self._pool.keep_warm()
 
-    def keep_warm(self) -> None:
-        """Have the pool filled in the background, one at a time."""
-        if self._refill is None and not self._closing:
-            self._refill = self._tasks.start(self._fill(), name="warm")
+    def note_memory(self, node: str, memory: NodeMemory) -> None:
+        """What a node reports of itself, now and then."""
+        if n_surplus := self._rooms.note(node, memory):
+            self._pool.shrink(node, n_surplus)
+        if self._begun:
+            self._pool.keep_warm()
 
-    async def _fill(self) -> None:
-        try:
-            while len(self._warm) < self._actors.warm.min and not self._closing:
-                # First: a death meanwhile puts another pool in the place of this one.
-                async with self._starting:
-                    host = await self._started()
-                if host.alive:
-                    self._warm.append(host)
-        except Unavailable as fault:
-            log.warning("warm_actor_failed", code=fault.code)
-        finally:
-            self._refill = None
-
-    async def _started(self) -> RayHost:
+    async def start(self) -> RayHost:
         name = named(self._generation)
-        host = self._known(name, session_actor(name, self._agent, self._actors))
+        placed = session_actor(name, self._agent, self._actors, node=self._rooms.placed())
+        host = self._known(name, placed)
         try:
             await host.ready()
-        except Unavailable:
-            self._kill(host)
+        except (Unavailable, asyncio.CancelledError):
+            self.end(host)
             raise
         return host
+
+    async def tidy(self, host: RayHost) -> int:
+        return await host.tidy()
 
     def _known(self, name: str, handle: Any) -> RayHost:
         host = RayHost(name, handle, self._actors, current=generation_of(name) == self._generation)
@@ -179,22 +184,20 @@ class RayHosts:
             if not gone.done() and host.started:
                 n_silent = 0 if await host.answers(self._actors.probe_s) else n_silent + 1
         if self._all.get(host.name) is host:
-            self._warm = deque(warm for warm in self._warm if warm is not host)
-            self._kill(host)
+            self.end(host)
             self._died(host.name)
-            self.keep_warm()
+            self._pool.forget(host)
 
     async def give_back(self, host: Host, *, clean: bool) -> None:
         known = self._all.get(host.name)
         if known is None:
             return
-        fresh = clean and known.current and known.n_uses < self._actors.warm.max_uses
-        if fresh and len(self._warm) < max(1, self._actors.warm.min) and not self._closing:
-            self._warm.append(known)
+        if clean and known.current:
+            self._pool.give_back(known)
         else:
-            self._kill(known)
+            self.end(known)
 
-    def _kill(self, host: RayHost) -> None:
+    def end(self, host: RayHost) -> None:
         """End a process of ours; its watcher stays quiet."""
         self._all.pop(host.name, None)
         host.alive = False
@@ -216,7 +219,7 @@ class RayHosts:
 
     async def close(self) -> None:
         """End every actor."""
-        self._closing = True
+        await self._pool.close()
         for host in list(self._all.values()):
-            self._kill(host)
+            self.end(host)
         await self._tasks.close(CLOSE_WAIT_S)

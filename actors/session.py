@@ -1,18 +1,21 @@
 """`SessionActor`: a process that hosts sessions. A thin Ray shell over `SessionHost`."""
 
 import asyncio
+import gc
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.activation import Report
 from actors.detached import spawn
 from actors.gateway import GatewayModel
 from actors.host import Hosted, SessionHost
 from actors.kit import Kit
+from actors.memory import process_bytes, trim
 from actors.node_journal import NodeJournal
 from actors.protocol import Accepted, AnyCommand, Principal
 from actors.remote import NAMESPACE
@@ -26,6 +29,7 @@ from agent.snapshots import Snapshots
 
 MANAGER = "manager"
 PREFIX = "session-"
+TITLE = "SessionActor"
 MAX_CONCURRENCY = 10_000
 """Calls at once on one actor's loop: every open reader holds one."""
 
@@ -65,11 +69,22 @@ def generation_of(name: str) -> str:
 
 class SessionActor:
     async def __init__(self, name: str, agent: AgentSettings, actors: ActorsSettings) -> None:
-        logs.configure()
+        self._whose: dict[str, Any] = {}
+        """Which session lives here, for logs: tasks of many kinds write them."""
+        logs.configure(lambda: self._whose)
+        self._entitle("warm")
         self._kit = await _sessions_kit(name, agent, actors)
         self._host = SessionHost(self._kit, name, self._tell)
         self._manager: Any = None
         self._checks = spawn(self._host.keep_current(), name="epochs")
+        # What is loaded by now stays: collections need not look at it again.
+        gc.collect()
+        gc.freeze()
+
+    def _entitle(self, what: str) -> None:
+        """Have the process's title say it, from the next call on: around every call Ray (2.60) writes
+        one of this class's name."""
+        type(self).__name__ = f"{TITLE} {what}"
 
     def _tell(self, report: Report) -> None:
         """Not awaited: a report is a hint, and the manager may be away."""
@@ -80,15 +95,27 @@ class SessionActor:
                 return
         self._manager.note.remote(report)
 
-    async def ready(self) -> bool:
-        return True
+    async def ready(self) -> str:
+        """Its node."""
+        return ray.get_runtime_context().get_node_id()
+
+    async def tidy(self) -> int:
+        """Drop what the last session left; the bytes of memory that the process then takes."""
+        self._whose = {}
+        self._entitle("warm")
+        await asyncio.to_thread(trim)
+        return await asyncio.to_thread(process_bytes)
 
     async def gone(self) -> None:
         """Never returns: that this call fails tells the manager at once that the process died."""
         await asyncio.Event().wait()
 
     async def adopt(self, session_id: str, user_token: str | None) -> int:
-        return await self._host.adopt(session_id, user_token)
+        self._whose = {"session_id": session_id}
+        epoch = await self._host.adopt(session_id, user_token)
+        self._whose = {"session_id": session_id, "epoch": epoch}
+        self._entitle(session_id)
+        return epoch
 
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         return await self._host.submit(who, session_id, command)
@@ -125,7 +152,15 @@ _SessionActor = _remote(num_cpus=0, max_restarts=0, max_concurrency=MAX_CONCURRE
 """`max_restarts=0`: a blind restart knows no epoch and holds no slot; the manager decides."""
 
 
-def session_actor(name: str, agent: AgentSettings, actors: ActorsSettings) -> Any:
-    """Start one. Detached: it outlives the manager that made it, and is found by its name."""
-    placed = _SessionActor.options(name=name, namespace=NAMESPACE, lifetime="detached")
+def session_actor(
+    name: str, agent: AgentSettings, actors: ActorsSettings, *, node: str | None = None
+) -> Any:
+    """Start one, on this node if it can. Detached: it outlives the manager that made it, and is found
+    by its name."""
+    placed = _SessionActor.options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else None,
+    )
     return placed.remote(name, agent, actors)

@@ -6,6 +6,7 @@ and tracebacks are plain: renderers that show local variables would show prompts
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -14,11 +15,20 @@ from structlog.typing import EventDict
 from agent.redact import redact
 
 
-def configure() -> None:
-    """Set up structlog for this process. Repeating it changes nothing."""
+def configure(whose: Callable[[], Mapping[str, Any]] = dict) -> None:
+    """Set up structlog for this process. Repeating it changes nothing.
+
+    `whose` is asked at every line for the fields that all lines of the process carry at that time; a
+    line's own come before them.
+    """
+
+    def with_whose(_logger: Any, _method: str, event: EventDict) -> EventDict:
+        return {**whose(), **event}
+
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            with_whose,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
             structlog.processors.format_exc_info,

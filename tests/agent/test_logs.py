@@ -35,6 +35,19 @@ def test_local_variables_stay_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert private not in capsys.readouterr().err
 
 
+def test_every_line_says_whose_it_is_at_that_time(capsys: pytest.CaptureFixture[str]) -> None:
+    whose: dict[str, object] = {}
+    logs.configure(lambda: whose)
+    structlog.get_logger().info("begun")
+    whose = {"session_id": "s1", "epoch": 3}
+    structlog.get_logger().info("written")
+    structlog.get_logger().bind(session_id="s2").info("told")
+    begun, written, told = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert "session_id" not in begun
+    assert (written["session_id"], written["epoch"]) == ("s1", 3)
+    assert (told["session_id"], told["epoch"]) == ("s2", 3)
+
+
 def test_debug_is_off(capsys: pytest.CaptureFixture[str]) -> None:
     structlog.get_logger().debug("noise")
     assert capsys.readouterr().err == ""
