@@ -60,6 +60,16 @@ def _address(delta: Delta) -> str:
     return delta.part_id if isinstance(delta, TextDelta) else delta.tool_call_id
 
 
+class _Pieces(NamedTuple):
+    """Consecutive deltas of one part: joined when they are read, so that a long part costs its length."""
+
+    first: Delta
+    texts: list[str]
+
+    def joined(self) -> Delta:
+        return self.first._replace(text="".join(self.texts))
+
+
 class Feed:
     """What one incarnation shows. Constructed with its epoch and the head it starts from."""
 
@@ -73,8 +83,8 @@ class Feed:
         self._ring: deque[Shown] = deque()
         self._ring_events = ring_events
         self._ring_chars = 0
-        self._parts: dict[str, Delta] = {}
-        """The live parts, each as one delta from offset 0."""
+        self._parts: dict[str, _Pieces] = {}
+        """The live parts, each from offset 0."""
         self._changed = asyncio.Event()
 
     # -- the activation's side ---------------------------------------------------------------
@@ -87,16 +97,16 @@ class Feed:
                 case AssistantMessage(part_id=part) | ToolFinished(tool_call_id=part):
                     self._parts.pop(part, None)
                 case TurnEnded(turn=turn):
-                    self._parts = {k: d for k, d in self._parts.items() if d.turn != turn}
+                    self._parts = {k: p for k, p in self._parts.items() if p.first.turn != turn}
                 case _:
                     pass
         self._wake()
 
     def show_delta(self, delta: Delta) -> None:
-        known = self._parts.get(_address(delta))
-        self._parts[_address(delta)] = (
-            known._replace(text=known.text + delta.text) if known else delta
-        )
+        if known := self._parts.get(_address(delta)):
+            known.texts.append(delta.text)
+        else:
+            self._parts[_address(delta)] = _Pieces(delta, [delta.text])
         self._append(delta)
         self._wake()
 
@@ -154,7 +164,7 @@ class Feed:
             if builder.end:
                 return builder.done()
         if not exact:
-            builder.snapshot(list(self._parts.values()), self.now)
+            builder.snapshot([part.joined() for part in self._parts.values()], self.now)
         return builder.done()
 
     def _is_exact(self, cursor: Cursor) -> bool:
@@ -180,8 +190,8 @@ class _PageBuilder:
         self._turn = turn
         self._frames: list[Frame] = []
         self._chars = 0
-        self._open: Delta | None = None
-        """Deltas of one part, joined, not yet a frame."""
+        self._open: _Pieces | None = None
+        """Deltas of one part, not yet a frame."""
         self.end = False
 
     def full(self) -> bool:
@@ -209,17 +219,16 @@ class _PageBuilder:
             self._push(delta_frame(part, now))
 
     def _join(self, delta: Delta) -> None:
-        joined = self._open
-        if joined is not None and _address(joined) == _address(delta):
-            self._open = joined._replace(text=joined.text + delta.text)
+        if self._open is not None and _address(self._open.first) == _address(delta):
+            self._open.texts.append(delta.text)
         else:
             self._flush()
-            self._open = delta
+            self._open = _Pieces(delta, [delta.text])
         self._chars += len(delta.text)
 
     def _flush(self) -> None:
         if self._open is not None:
-            self._push(delta_frame(self._open, self._cursor))
+            self._push(delta_frame(self._open.joined(), self._cursor))
             self._open = None
 
     def _push(self, frame: Frame) -> None:

@@ -105,16 +105,18 @@ class RoutedSessions(ABC):
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         if command.message_id is None:
             command = command.model_copy(update={"message_id": uuid.uuid4().hex})
-        route = self._routes.get(session_id)
+        # Who is known to live somewhere is checked there: owner and state, without a look into the journal.
+        route = None if isinstance(command, Close) else self._routes.get(session_id)
         wrong: Route | None = None
         for _ in range(MAX_ROUTES):
-            if (await self._owned(who, session_id)).closed:
-                return await self._answered_by_closed(session_id, command)
             try:
-                if isinstance(command, Close):
-                    return await self._desk.close_session(who, session_id, command)
-                route = route or await self._desk.wake(who, session_id, not_at=wrong)
-                self._remember(session_id, route)
+                if route is None:
+                    if (await self._owned(who, session_id)).closed:
+                        return await self._answered_by_closed(session_id, command)
+                    if isinstance(command, Close):
+                        return await self._desk.close_session(who, session_id, command)
+                    route = await self._desk.wake(who, session_id, not_at=wrong)
+                    self._remember(session_id, route)
                 return await self._stage(route).submit(who, session_id, command)
             except Moved:
                 wrong, route = route, None
@@ -146,10 +148,13 @@ class RoutedSessions(ABC):
         turn: int | None = None,
         follow: bool = True,
     ) -> AsyncGenerator[Page]:
-        await self._owned(who, session_id)
-        route = await self._desk.find(session_id)
+        route, is_checked = self._routes.get(session_id), False
         wrong: Route | None = None
         while True:
+            if route is None and not is_checked:
+                await self._owned(who, session_id)
+                is_checked = True
+                route = None if wrong else await self._desk.find(session_id)
             source = (
                 self._stage(route).pages(who, session_id, cursor, turn=turn, follow=follow)
                 if route
@@ -158,14 +163,17 @@ class RoutedSessions(ABC):
             try:
                 async with aclosing(source) as pages:
                     async for page in pages:
-                        cursor = page.cursor
+                        cursor, is_checked = page.cursor, True
                         yield page
                         if page.end:
                             return
             except (Moved, Unavailable):
                 wrong, route = route, None  # it left or died: the journal has the facts
+                self._routes.pop(session_id, None)
                 continue
             except (NotFound, NoSuchSession):
+                if not is_checked:
+                    raise
                 yield Page((), cursor, end=True)  # it was there when we began
                 return
             if not follow and await self._is_at_head(session_id, cursor):

@@ -142,17 +142,23 @@ class Part:
         self._run = run
         self.turn = _turn(run)
         self.part_id = f"{self.turn}.{run.context.epoch}.{run.context.n_calls}"
-        self.text = ""
+        self._pieces: list[str] = []
+        self._n_chars = 0
         self.began_s = run.now_s()
         self.first_token_ms: int | None = None
 
     def add(self, text: str) -> None:
         if self.first_token_ms is None:
             self.first_token_ms = self.elapsed_ms()
-        self._run.show(TextDelta(self.turn, self.part_id, len(self.text), text))
-        self.text += text
-        if len(self.text) > MAX_ANSWER_CHARS:
+        self._run.show(TextDelta(self.turn, self.part_id, self._n_chars, text))
+        self._pieces.append(text)
+        self._n_chars += len(text)
+        if self._n_chars > MAX_ANSWER_CHARS:
             raise ModelFault("The model's answer does not end.")
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
     def elapsed_ms(self) -> int:
         return round((self._run.now_s() - self.began_s) * 1000)
