@@ -1,127 +1,93 @@
-"""The model gateway: where providers are called from, once per replica instead of once per session.
+"""R. The model gateway: where providers are called from, once per replica instead of once per session.
 
-`ModelGateway` is the plain end beside the model, `GatewayModel` the end in a session actor; between
-them lies a Ray Serve deployment. Items travel in batches: what was ready at the same moment, without
-waiting for more. An empty batch says that the call still lives, so silence means a broken way.
-
+A Serve deployment, for its health checks, replicas and dashboard. Sessions do not come through Serve: each
+replica runs a server of its own (`actors.gateway_plane`) and tells the manager where, again and again.
 litellm is loaded by a replica when it has started, never by an importer of this module.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
-from itertools import groupby
 from typing import Any
 
+import ray
+import structlog
 from ray import serve
-from ray.exceptions import RayTaskError
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayError
 
+from actors.detached import spawn
+from actors.gateway_plane import MAX_CALLS, DataPlane, ModelGateway
+from actors.gateway_wire import Place
+from actors.gateways import BEAT_S
+from actors.protocol import Unavailable
+from actors.remote import NAMESPACE, answer
+from actors.session import GATEWAY, MANAGER
 from agent import logs
-from agent.faults import ModelFault, ModelLost, boundary
-from agent.model.contract import (
-    Completion,
-    Model,
-    ModelCard,
-    ModelRequest,
-    ReasoningChunk,
-    TextChunk,
-)
 from agent.model.routing import RoutedModel, model_from
 from agent.settings import ModelSettings
 
-APP = "troupe-gateway"
+log = structlog.get_logger()
+
+APP = GATEWAY
 DEPLOYMENT = "gateway"
-MAX_ONGOING = 5000
-"""Calls on one replica, which only waits for providers. An open stream holds one; Serve's own limit is 5."""
-BUFFER_ITEMS = 256
-"""Chunks that wait for a slow session before the provider's stream is held back."""
-HEARTBEAT_S = 15.0
-LOST_PAUSE_S = 1.0
-"""Before it is told: who asked again at once would be sent to the same dead replica."""
-
-Item = TextChunk | ReasoningChunk | Completion
+GRACE_S = 30.0
+"""For calls that run when a replica ends; what is lost is asked again elsewhere."""
+GRACE_MARGIN_S = 10.0
 
 
-class ModelGateway:
-    """Streams a model's answers in batches."""
+class GatewayReplica:
+    """`DataPlane` as Serve runs it."""
 
-    def __init__(self, model: Model, *, heartbeat_s: float = HEARTBEAT_S) -> None:
-        self._model = model
-        self._heartbeat_s = heartbeat_s
-
-    async def chunks(self, request: ModelRequest) -> AsyncGenerator[tuple[Item, ...]]:
-        """The items of `Model.stream`; an empty batch at least every `heartbeat_s`.
-
-        Raises:
-            ModelFault: without its cause, which may hold words of the provider and would be written
-                to the replica's log.
-        """
-        ready: asyncio.Queue[Item | None] = asyncio.Queue(BUFFER_ITEMS)
-        pump = asyncio.create_task(self._pump(request, ready))
-        try:
-            ended = False
-            while not ended:
-                items = await self._ready(ready)
-                ended = None in items
-                yield joined(item for item in items if item is not None)
-            await pump
-        except ModelFault as fault:
-            raise fault from None
-        finally:
-            pump.cancel()
-            await asyncio.gather(pump, return_exceptions=True)
-
-    async def card(self, model: str) -> ModelCard:
-        return await self._model.card(model)
-
-    async def _pump(self, request: ModelRequest, ready: asyncio.Queue[Item | None]) -> None:
-        try:
-            with boundary(ModelFault, "The model gateway failed."):
-                async with aclosing(self._model.stream(request)) as stream:
-                    async for item in stream:
-                        await ready.put(item)
-        except ModelFault:
-            await ready.put(None)
-            raise
-        await ready.put(None)
-
-    async def _ready(self, ready: asyncio.Queue[Item | None]) -> list[Item | None]:
-        """What is there, or the next to come; nothing after a heartbeat of silence."""
-        try:
-            async with asyncio.timeout(self._heartbeat_s):
-                items = [await ready.get()]
-        except TimeoutError:
-            return []
-        while not ready.empty():
-            items.append(ready.get_nowait())
-        return items
-
-
-def joined(items: Iterable[Item]) -> tuple[Item, ...]:
-    """The same stream, with neighbouring chunks of one kind as one."""
-    batch: list[Item] = []
-    for kind, run in groupby(items, type):
-        if kind is Completion:
-            batch.extend(run)
-        else:
-            batch.append(kind("".join(item.text for item in run)))
-    return tuple(batch)
-
-
-class GatewayReplica(ModelGateway):
-    """`ModelGateway` as Serve runs it."""
-
-    def __init__(self, settings: ModelSettings, default_model: str) -> None:
+    async def __init__(self, settings: ModelSettings, default_model: str, n_replicas: int) -> None:
         logs.configure()
-        model: RoutedModel = model_from(settings)
-        super().__init__(model)
+        self._model: RoutedModel = model_from(settings, n_replicas=n_replicas)
         # Beside the replica's start, so that scripted models answer at once.
-        self._warming = asyncio.create_task(model.warm(default_model))
+        self._warming = asyncio.create_task(self._model.warm(default_model))
+        self._plane = DataPlane(ModelGateway(self._model))
+        context = serve.get_replica_context()
+        self._place = Place(
+            replica_id=context.replica_id.unique_id,
+            app=context.app_name,
+            # What Ray's own parts listen on: loopback, where the cluster is this machine.
+            address=await self._plane.start(ray.util.get_node_ip_address()),
+            token=self._plane.token,
+            node_id=ray.get_runtime_context().get_node_id(),
+            beat=0,
+            n_calls=0,
+        )
+        self._manager: Any = None
+        await self._tell()
+        self._telling = spawn(self._go_on_telling(), name="gateway beats")
 
     async def check_health(self) -> None:
         if self._warming.done():
             self._warming.result()
+        if self._telling.done():
+            self._telling.result()
+
+    async def __del__(self) -> None:  # Serve awaits it
+        self._telling.cancel()
+        await self._to_manager("gateway_gone", self._place.replica_id)
+        await self._plane.close(GRACE_S)
+        await self._model.close()
+
+    async def _go_on_telling(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        self._place = self._place._replace(beat=self._place.beat + 1, n_calls=self._plane.n_calls)
+        await self._to_manager("gateway_here", self._place._asdict())
+
+    async def _to_manager(self, method: str, *args: Any) -> None:
+        """Best effort: a manager that is away hears the next beat."""
+        lost = Unavailable("The session manager does not answer.")
+        try:
+            if self._manager is None:
+                self._manager = await asyncio.to_thread(ray.get_actor, MANAGER, namespace=NAMESPACE)
+            await answer(getattr(self._manager, method).remote(*args), lost, BEAT_S)
+        except (Unavailable, RayError, ValueError, ConnectionError) as error:
+            self._manager = None  # its name may belong to a new one by now
+            log.warning("gateway_not_told", method=method, error=type(error).__name__)
 
 
 def gateway_app(
@@ -133,69 +99,9 @@ def gateway_app(
         GatewayReplica,
         name=DEPLOYMENT,
         num_replicas=n_replicas,
-        max_ongoing_requests=MAX_ONGOING,
+        max_ongoing_requests=MAX_CALLS,
+        graceful_shutdown_timeout_s=GRACE_S + GRACE_MARGIN_S,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},
     )
-    return deployment.bind(settings, default_model)
-
-
-class GatewayModel:
-    """The gateway as a Model, for session actors. Finds the deployment at the first call.
-
-    `silence_s`: a replica that sends nothing, not even its heartbeat, for this long is lost. Also the
-    limit for finding one at all.
-    """
-
-    def __init__(self, silence_s: float, *, app_name: str = APP) -> None:
-        self._app_name = app_name
-        self._silence_s = silence_s
-        self._handle: DeploymentHandle[Any] | None = None
-
-    async def stream(self, request: ModelRequest) -> AsyncGenerator[Item]:
-        handle = await self._found()
-        response: Any = handle.options(stream=True).chunks.remote(request)
-        try:
-            while True:
-                batch = await self._answered(anext(response, None))
-                if batch is None:
-                    return
-                for item in batch:
-                    yield item
-        finally:
-            # Dropping a generator does not stop it where it runs.
-            response.cancel()
-
-    async def card(self, model: str) -> ModelCard:
-        handle = await self._found()
-        return await self._answered(handle.card.remote(model))
-
-    async def _found(self) -> DeploymentHandle[Any]:
-        if self._handle is None:
-            # Asks Serve's controller, and blocks on its answer.
-            find = asyncio.to_thread(
-                serve.get_deployment_handle, DEPLOYMENT, app_name=self._app_name
-            )
-            handle: DeploymentHandle[Any] = await self._answered(find)
-            self._handle = handle
-        return self._handle
-
-    async def _answered(self, answer: Any) -> Any:
-        """
-        Raises:
-            ModelFault: the replica's own, or ModelLost for whatever happened to the way there.
-        """
-        try:
-            async with asyncio.timeout(self._silence_s):
-                return await answer
-        except RayTaskError as error:
-            if isinstance(error.cause, ModelFault):
-                raise error.cause from None
-            raise ModelFault("The model gateway failed.") from error
-        except ModelFault:
-            raise
-        except Exception as cause:
-            # The way broke: next time the deployment is looked for again.
-            self._handle = None
-            await asyncio.sleep(LOST_PAUSE_S)
-            raise ModelLost("The model gateway cannot be reached.") from cause
+    return deployment.bind(settings, default_model, n_replicas)

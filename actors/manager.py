@@ -5,8 +5,9 @@ must go on when a caller leaves runs in the desk's own tasks.
 """
 
 import asyncio
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ray
@@ -15,8 +16,11 @@ import structlog
 from actors.activation import Change, Report
 from actors.desk import Desk, Route
 from actors.detached import spawn
+from actors.gateway_wire import place_of
+from actors.gateways import Gateways
 from actors.host import Hosted
 from actors.kit import Kit
+from actors.memory import NodeMemory
 from actors.node import Nodes
 from actors.protocol import (
     Accepted,
@@ -61,11 +65,12 @@ class SessionManager:
     async def __init__(self, agent: AgentSettings, actors: ActorsSettings, generation: str) -> None:
         logs.configure()
         self._generation = generation
+        self._gateways = Gateways(time.monotonic)
         self._hosts = RayHosts(
             agent, actors, generation, died=self._host_died, is_quiet=self._is_quiet
         )
         self._nodes = Nodes(
-            agent, actors, generation, is_rolled=self._is_rolled, seen=self._hosts.note_memory
+            agent, actors, generation, is_rolled=self._is_rolled, seen=self._note_memory
         )
         self._nodes.begin()
         # Not here: Ray does not restart an actor whose constructor failed, and the journal may be away.
@@ -87,7 +92,12 @@ class SessionManager:
         return desk
 
     def _is_rolled(self) -> bool:
-        return self._beginning.done() and not self._beginning.result().outdated()
+        return self._beginning.done() and self._beginning.result().is_rolled
+
+    def _note_memory(self, node: str, memory: NodeMemory) -> None:
+        self._hosts.note_memory(node, memory)
+        if self._beginning.done():
+            self._beginning.result().note_memory(node, memory)
 
     def _is_quiet(self) -> bool:
         return not self._beginning.done() or not self._beginning.result().ledger.n_live
@@ -167,6 +177,20 @@ class SessionManager:
     async def note(self, report: Report) -> None:
         if self._beginning.done():
             self._beginning.result().note(report)
+
+    async def gateway_here(self, place: dict[str, Any]) -> None:
+        """From a replica of the model gateway, every `actors.gateways.BEAT_S`."""
+        self._gateways.here(place_of(place))
+
+    async def gateway_gone(self, replica_id: str) -> None:
+        self._gateways.gone(replica_id)
+
+    async def gateways(
+        self, app: str, failed: Mapping[str, int], wait_s: float
+    ) -> list[dict[str, Any]]:
+        """See `actors.gateways.Gateways.some`. As plain values: who asks may be of older code."""
+        places = await self._gateways.some(app, failed, wait_s)
+        return [place._asdict() for place in places]
 
     async def rolled(self) -> Rolled:
         return Rolled(self._generation, len((await self._desk()).outdated()))

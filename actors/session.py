@@ -3,22 +3,24 @@
 import asyncio
 import gc
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.activation import Report
 from actors.detached import spawn
-from actors.gateway import GatewayModel
+from actors.gateway_client import GatewayModel
+from actors.gateway_wire import Place, place_of
 from actors.host import Hosted, SessionHost
 from actors.kit import Kit
 from actors.memory import process_bytes, trim
 from actors.node_journal import NodeJournal
-from actors.protocol import Accepted, AnyCommand, Principal
-from actors.remote import NAMESPACE
+from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
+from actors.remote import NAMESPACE, answer
 from actors.settings import ActorsSettings
 from agent import logs
 from agent.events import Cursor, Page, PassivationReason
@@ -28,10 +30,14 @@ from agent.settings import AgentSettings
 from agent.snapshots import Snapshots
 
 MANAGER = "manager"
+GATEWAY = "troupe-gateway"
+"""The model gateway's name as a Serve application."""
 PREFIX = "session-"
 TITLE = "SessionActor"
 MAX_CONCURRENCY = 10_000
 """Calls at once on one actor's loop: every open reader holds one."""
+ASK_MARGIN_S = 5.0
+"""For the way to the manager and back."""
 
 
 async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
@@ -51,11 +57,35 @@ async def _sessions_kit(name: str, agent: AgentSettings, actors: ActorsSettings)
 def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     return Kit(
         journal=journal,
-        model=GatewayModel(actors.gateway_silence_s),
+        model=gateway_model(actors.gateway_silence_s),
         agent=agent,
         actors=actors,
         snapshots=Snapshots(agent.storage, agent.storage_dir),
     )
+
+
+def gateway_model(silence_s: float, *, app: str = GATEWAY) -> GatewayModel:
+    """The gateway's replicas, of which the manager knows."""
+    manager: Any = None
+
+    async def ask(failed: Mapping[str, int], wait_s: float) -> list[Place]:
+        nonlocal manager
+        lost = Unavailable("The session manager does not answer.")
+        try:
+            manager = manager or await asyncio.to_thread(
+                ray.get_actor, MANAGER, namespace=NAMESPACE
+            )
+            told = await answer(
+                manager.gateways.remote(app, dict(failed), wait_s), lost, wait_s + ASK_MARGIN_S
+            )
+        except (RayError, ValueError, ConnectionError) as cause:
+            raise lost from cause
+        except Unavailable:
+            manager = None  # its name may belong to a new one by now
+            raise
+        return [place_of(place) for place in told]
+
+    return GatewayModel(ask, silence_s, node_id=ray.get_runtime_context().get_node_id())
 
 
 def named(generation: str) -> str:

@@ -68,7 +68,6 @@ CATCH_ALL = {
     "actors/housing.py": "a session that cannot leave in order still gives its slot back",
     "actors/idling.py": "a session that cannot be sent away does not keep the others",
     "actors/rolling.py": "a session that cannot be moved does not keep the others from it",
-    "actors/gateway.py": "Serve raises anything; it becomes ModelLost",
     "actors/node.py": "a look of the reaper that fails must not be the last",
 }
 """Files that may say `except Exception`, each with its reason."""

@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,14 +12,8 @@ import pytest
 import ray
 from ray import serve
 
-from actors.gateway import (
-    BUFFER_ITEMS,
-    DEPLOYMENT,
-    GatewayModel,
-    ModelGateway,
-    gateway_app,
-    joined,
-)
+from actors.gateway import DEPLOYMENT, gateway_app
+from actors.session import gateway_model
 from agent.faults import (
     ModelAuth,
     ModelFault,
@@ -28,9 +22,8 @@ from agent.faults import (
     ModelTimeout,
     ModelUnavailable,
 )
-from agent.model.contract import Completion, ModelRequest, ReasoningChunk, TextChunk
+from agent.model.contract import ModelRequest
 from agent.settings import ModelSettings
-from agent.testing import NamedScripts, Reply, ScriptedModel
 from tests.support.openai_server import Mark, OpenAIServer, Refuse, Stream, words
 
 pytestmark = pytest.mark.timeout(120)
@@ -57,65 +50,6 @@ def test_importing_the_gateway_does_not_load_litellm() -> None:
     assert ran.returncode == 0
 
 
-def test_neighbours_of_one_kind_are_joined() -> None:
-    end = Completion("abc", (), "stop", None, None)
-    items = [ReasoningChunk("x"), TextChunk("a"), TextChunk("b"), ReasoningChunk("y"), end]
-    assert joined(items) == (ReasoningChunk("x"), TextChunk("ab"), ReasoningChunk("y"), end)
-    assert joined([]) == ()
-
-
-async def batches(gateway: ModelGateway, request: ModelRequest) -> list[tuple[Any, ...]]:
-    async with aclosing(gateway.chunks(request)) as stream:
-        return [batch async for batch in stream]
-
-
-class Burst(NamedScripts):
-    """Never waits: a provider whose chunks came in one packet."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self._n = n
-        self.n_sent = 0
-
-    async def stream(self, request: ModelRequest) -> AsyncGenerator[TextChunk]:  # type: ignore[override]
-        while self.n_sent < self._n:
-            self.n_sent += 1
-            yield TextChunk("x")
-
-
-async def test_what_is_ready_together_travels_together() -> None:
-    got = await batches(ModelGateway(Burst(100)), puppet(""))
-    assert [item for batch in got for item in batch] == [TextChunk("x" * 100)]
-
-
-async def test_a_slow_session_holds_the_provider_back() -> None:
-    burst = Burst(10_000)
-    async with aclosing(ModelGateway(burst).chunks(puppet(""))) as stream:
-        await anext(stream)
-        assert burst.n_sent <= 2 * BUFFER_ITEMS
-
-
-async def test_a_silent_call_shows_that_it_lives() -> None:
-    gateway = ModelGateway(NamedScripts(), heartbeat_s=0.01)
-    async with aclosing(gateway.chunks(puppet("- {hang: true}"))) as stream:
-        assert await anext(stream) == ()
-        assert await anext(stream) == ()
-
-
-async def test_a_fault_comes_after_all_that_was_said_and_without_its_cause() -> None:
-    fault = ModelAuth("no")
-    fault.__cause__ = ValueError("the provider's words")
-    gateway = ModelGateway(ScriptedModel([Reply("abc", chunks=3, fault=fault)]))
-    async with aclosing(gateway.chunks(puppet(""))) as stream:
-        seen = ""
-        while len(seen) < 3:
-            seen += "".join(item.text for item in await anext(stream))
-        with pytest.raises(ModelAuth) as caught:
-            _ = [batch async for batch in stream]
-    assert seen == "abc"
-    assert caught.value.__cause__ is None
-
-
 # On Ray
 
 
@@ -138,10 +72,10 @@ def gateway(ray_cluster: object, provider: OpenAIServer) -> Iterator[None]:
 
 @ray.remote(num_cpus=0)
 class Session:
-    """The place of a session actor: one loop, a GatewayModel."""
+    """The place of a session actor: one loop, a model behind the gateway."""
 
     def __init__(self) -> None:
-        self._model = GatewayModel(SILENCE_S, app_name=APP)
+        self._model = gateway_model(SILENCE_S, app=APP)
         self._reading: asyncio.Task[Any] | None = None
 
     async def asked(self, request: ModelRequest) -> list[Any]:
@@ -259,7 +193,7 @@ def test_a_killed_replica_is_a_lost_call_and_the_next_call_works(session: Any) -
 
 def test_a_replica_that_falls_silent_is_lost(gateway: None) -> None:
     async def asked() -> None:
-        model = GatewayModel(SHORT_SILENCE_S, app_name=APP)
+        model = gateway_model(SHORT_SILENCE_S, app=APP)
         async with aclosing(model.stream(puppet("- {say: a, hang: true}"))) as stream:
             assert (await anext(stream)).text == "a"
             with pytest.raises(ModelLost):
@@ -270,7 +204,7 @@ def test_a_replica_that_falls_silent_is_lost(gateway: None) -> None:
 
 def test_without_a_gateway_a_call_is_lost(gateway: None) -> None:
     async def asked() -> None:
-        model = GatewayModel(SILENCE_S, app_name="troupe-nowhere")
+        model = gateway_model(SHORT_SILENCE_S, app="troupe-nowhere")
         async with aclosing(model.stream(puppet("- {say: a}"))) as stream:
             await anext(stream)
 

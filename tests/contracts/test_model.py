@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing
 from typing import NamedTuple
 
 import pytest
 
-from actors.gateway import ModelGateway
 from agent.faults import ModelCut, ModelFault, ModelUnavailable
 from agent.model.contract import Completion, Model, ModelRequest, ReasoningChunk, TextChunk
 from agent.model.direct import DirectModel
@@ -16,6 +15,7 @@ from agent.model.litellm_adapter import LitellmModel, load_litellm
 from agent.model.retry import RetryingModel
 from agent.settings import ModelSettings
 from agent.testing import Reply, ScriptedModel
+from tests.support.gateways import gateway
 from tests.support.openai_server import (
     Event,
     Mark,
@@ -67,24 +67,6 @@ STALLS = Play(Reply("hel", hang=True), Stream([*words("hel"), Mark.STALL]))
 Make = Callable[[Play], Model]
 
 
-class Unbatched:
-    """The gateway's own end, as a Model."""
-
-    def __init__(self, gateway: ModelGateway) -> None:
-        self._gateway = gateway
-
-    async def stream(
-        self, request: ModelRequest
-    ) -> AsyncGenerator[TextChunk | ReasoningChunk | Completion]:
-        async with aclosing(self._gateway.chunks(request)) as batches:
-            async for batch in batches:
-                for item in batch:
-                    yield item
-
-    async def card(self, model: str) -> object:
-        return await self._gateway.card(model)
-
-
 @pytest.fixture(params=["scripted", "retrying", "gateway", "litellm", "direct"])
 async def make(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -95,6 +77,8 @@ async def make(
     with OpenAIServer() as server:
         settings = ModelSettings(api_base=server.url, max_retries=0)
         direct = DirectModel(settings)
+        stack = AsyncExitStack()
+        through_gateway = await gateway_before(direct, stack)
 
         def make(play: Play) -> Model:
             server.script(play.behaviour)
@@ -105,14 +89,22 @@ async def make(
                 case "retrying":
                     return RetryingModel(scripted, settings)
                 case "gateway":
-                    return Unbatched(ModelGateway(scripted))
+                    return through_gateway
                 case "direct":
                     return direct
                 case _:
                     return LitellmModel(settings)
 
         yield make
+        await stack.aclose()
         await direct.close()
+
+
+async def gateway_before(model: Model, stack: AsyncExitStack) -> Model:
+    """As a session has it: over the network."""
+    between = await stack.enter_async_context(gateway())
+    await between.replica(model)
+    return between.session()
 
 
 async def collected(model: Model) -> list[TextChunk | ReasoningChunk | Completion]:
