@@ -1,0 +1,1 @@
+"""Programs that the bench drives or measures against, each a process of its own."""
