@@ -2,8 +2,8 @@
 
 Whoever needs a host takes the one that is ready first: one that waits, that a session leaves meanwhile,
 or that is started. Up to `warm.min` wait for them: what is missing is started in the background, at a
-pace that leaves the CPU to running turns. More than that wait only after sessions left, up to
-`warm.max`, and none on a node that is short of memory. A host that is worn out goes when a fresh one has
+pace that leaves the CPU to running turns. More than that wait only after sessions left, `warm.spare` at
+most, and none on a node that is short of memory. A host that is worn out goes when a fresh one has
 come in its place.
 
 All state changes between awaits, so there is no lock.
@@ -251,7 +251,7 @@ class Pool(Generic[H]):
         return None
 
     def _end_surplus(self) -> None:
-        most = max(self._settings.min, self._settings.max)
+        most = self._settings.min + self._settings.spare
         while self._worn and (len(self._fresh) >= self._min or self.n_warm > most):
             self._source.end(self._worn.popleft())
         while len(self._fresh) > most:

@@ -18,8 +18,8 @@ class WarmSettings(Section):
 
     min: int = Field(default=1, ge=0)
     """Kept ready: more are started in the background where sessions took them."""
-    max: int = Field(default=8, ge=0)
-    """At most so many that sessions left are kept as well; below `min` it counts as `min`."""
+    spare: int = Field(default=8, ge=0)
+    """On top of `min`, at most so many that sessions left are kept."""
     start_rate: float = Field(default=2.0, gt=0)
     """Starts per second in the background, at most; fewer while turns run."""
     max_uses: int = Field(default=50, ge=1)

@@ -165,7 +165,7 @@ async def test_only_so_many_start_at_once(stage: Stage) -> None:
 
 
 async def test_one_given_back_meanwhile_is_as_good_as_one_started(stage: Stage) -> None:
-    pool = stage.make(min=0, max=0)
+    pool = stage.make(min=0, spare=0)
     stage.yard.let_start(1)
     lent = await pool.acquire()
     waiting = asyncio.create_task(pool.acquire())
@@ -206,7 +206,7 @@ async def test_a_host_that_does_not_tidy_up_ends_and_another_is_started(stage: S
 
 
 async def test_a_give_back_during_a_background_start_leaves_none_too_many(stage: Stage) -> None:
-    pool = await filled(stage, min=1, max=1)
+    pool = await filled(stage, min=1, spare=0)
     stage.yard.permits = asyncio.Semaphore(0)
     lent = await pool.acquire()
     await stage.until(lambda: stage.yard.n_starting == 1)
@@ -219,7 +219,7 @@ async def test_a_give_back_during_a_background_start_leaves_none_too_many(stage:
 
 
 async def test_more_than_it_starts_are_kept_when_sessions_leave(stage: Stage) -> None:
-    pool = await filled(stage, min=1, max=3)
+    pool = await filled(stage, min=1, spare=2)
     lent = [await pool.acquire() for _ in range(5)]
     for host in lent:
         pool.give_back(host)
@@ -253,7 +253,7 @@ async def test_a_worn_host_serves_while_there_is_no_fresh_one(stage: Stage) -> N
 
 
 async def test_a_host_that_took_too_much_memory_is_not_kept(stage: Stage) -> None:
-    pool = stage.make(min=0, max=4, max_memory_mb=100)
+    pool = stage.make(min=0, spare=4, max_memory_mb=100)
     stage.yard.let_start()
     lent = await pool.acquire()
     stage.yard.memory_mb = 101
