@@ -111,6 +111,8 @@ class Limiter:
         self._fast_to = 0.0
         """One less than was refused last."""
         self._raised_at = now
+        self._raise_by = 1
+        """Doubles until it is too much: the refusal may have been for want of tokens, not of places."""
         self._n_inside = 0
         self._lines: dict[str, deque[Call]] = {}
         """By session, in the order of their turns."""
@@ -194,10 +196,11 @@ class Limiter:
         if news:
             self._n_falls += 1
             self._n_rounds += 1
-        if call is not self._probe:  # which went alone, and says nothing of how many at once
+        # A call that went alone says nothing of how many at once.
+        if call is not self._probe and (self._n_inside > 1 or not news):
             if news:
                 self._fast_to = self._n_inside - 1.0
-                self._raised_at = now
+                self._raised_at, self._raise_by = now, 1
                 self._limit = min(self._limit, FALL * self._n_inside)
             # What is not refused meanwhile is what the provider takes.
             self._limit = max(1.0, min(self._limit, self._n_inside - 1))
@@ -263,7 +266,9 @@ class Limiter:
         if now - self._raised_at < RAISE_S:
             return self._limit
         self._raised_at = now
-        return self._limit + max(1.0, self._limit // 10)
+        raised = self._limit + self._raise_by
+        self._raise_by *= 2
+        return raised
 
     def _pause_s(self, retry_after_s: float | None) -> float:
         if retry_after_s is not None:

@@ -231,6 +231,14 @@ def test_refusals_of_calls_that_went_in_together_teach_what_the_provider_takes()
     assert limiter.stats(0.1).n_rate_limited == 30
 
 
+def test_a_call_that_is_refused_alone_says_nothing_of_how_many_at_once() -> None:
+    limiter = Limiter(ModelLimits(concurrency=9), 0.0)
+    (call,) = inside(limiter, 1)
+    limiter.refused(call, 1.0, 0.0)
+    gone(limiter, [call], 0.0)
+    assert limiter.stats(0.0).limit == 9
+
+
 def test_after_a_refusal_one_call_goes_ahead_and_the_others_follow_when_it_is_accepted() -> None:
     limiter = Limiter(ModelLimits(concurrency=4), 0.0)
     calls = inside(limiter, 4)
@@ -277,7 +285,7 @@ def test_the_limit_comes_back_fast_to_where_it_fell_and_slowly_above() -> None:
         limiter.leaves(call, 0.0)
     assert limiter.stats(0.0).limit == 1
     seen = []
-    for now in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, RAISE_S, RAISE_S + 1, 2 * RAISE_S):
+    for now in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, RAISE_S, RAISE_S + 1, 2 * RAISE_S, 3 * RAISE_S):
         calls = [Call(str(k)) for k in range(100)]
         for call in calls:
             limiter.comes(call, now)
@@ -288,7 +296,7 @@ def test_the_limit_comes_back_fast_to_where_it_fell_and_slowly_above() -> None:
         seen.append(limiter.stats(now).limit)
         gone(limiter, [call for call in calls if not call.inside], now)
         gone(limiter, [call for call in calls if call.inside], now)
-    assert seen == [2, 4, 8, 16, 19, 19, 20, 20, 22]
+    assert seen == [2, 4, 8, 16, 19, 19, 20, 20, 22, 26]
 
 
 def test_without_a_time_a_provider_is_asked_by_one_call_at_growing_distance() -> None:
