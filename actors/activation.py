@@ -84,6 +84,9 @@ MAX_STRETCH_CHARS = 1024 * 1024
 where they are read, so a reader that has stopped to take them holds as much there, and no more."""
 MAX_COMMANDS = 256
 """Of one session that are being written; whoever asks and leaves is counted until that is done."""
+WATCHED_S = 30.0
+"""After the last reader left, or a command came, an answer is still streamed: readers come back with their
+cursor (`Activation.pages`), and who asks by hand looks next."""
 CARD_WAIT_S = 5.0
 """For the facts about a model. Without them a default window stands."""
 
@@ -127,6 +130,8 @@ class Activation:
         self._measured_model: str | None = None
         self._readers = Places(kit.actors.max_readers, "readers are here")
         self._commands = Places(MAX_COMMANDS, "commands wait for the journal")
+        self._seen_s = kit.now_s()
+        """When somebody was here last. Whoever takes a session up does that for somebody."""
         self._log = log.bind(session_id=session_id)
 
     @classmethod
@@ -306,6 +311,9 @@ class Activation:
     async def submit(self, who: Principal, command: AnyCommand) -> Accepted:
         """Carry out a command. See `actors.protocol.Sessions.submit`.
 
+    def is_watched(self) -> bool:
+        return self._readers.n_taken > 0 or self.now_s() - self._seen_s < WATCHED_S
+
         Raises:
             Moved: the session is leaving or has left; nothing was written.
         """
@@ -315,6 +323,7 @@ class Activation:
         try:
             with self._commands.taken():
                 fact = self._fact_of(command)
+        self._seen_s = self.now_s()
                 await self._charge(fact)
                 records = await self._commit(lambda: [self._fact_of(command)])
         except Repeated as repeated:
@@ -582,9 +591,12 @@ class Activation:
         self._check_owner(who)
         with self._readers.taken():
             stretch = self._stretch(cursor, turn, follow=follow, stretch_s=stretch_s)
-            async with aclosing(stretch) as pages:
-                async for page in pages:
-                    yield page
+            try:
+                async with aclosing(stretch) as pages:
+                    async for page in pages:
+                        yield page
+            finally:
+                self._seen_s = self.now_s()
 
     async def _stretch(
         self, cursor: Cursor, turn: int | None, *, follow: bool, stretch_s: float

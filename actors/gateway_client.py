@@ -57,9 +57,6 @@ class Line:
         self.card: Any = self._channel.unary_unary(f"/{wire.SERVICE}/{wire.CARD}")
         self.metadata = ((wire.TOKEN, place.token),)
 
-    def connect(self) -> None:
-        self._channel.get_state(try_to_connect=True)
-
     async def __aenter__(self) -> Self:
         self._n_calls += 1
         return self
@@ -93,14 +90,6 @@ class GatewayModel:
         self._cards: OrderedDict[str, tuple[ModelCard, float]] = OrderedDict()
         self._fresh_until_s = 0.0
         self._looking: asyncio.Task[None] | None = None
-
-    async def warm(self) -> None:
-        """Be connected to a replica, so that the first call does not wait for that.
-
-        Raises:
-            ModelLost: there was none within `silence_s`.
-        """
-        (await self._line(time.monotonic() + self._silence_s)).connect()
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Item]:
         body = _body(request)

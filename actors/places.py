@@ -15,6 +15,10 @@ class Places:
         self._what = what
         self._n_taken = 0
 
+    @property
+    def n_taken(self) -> int:
+        return self._n_taken
+
     @contextmanager
     def taken(self) -> Generator[None]:
         """Hold a place for the length of the block.

@@ -3,8 +3,8 @@
 import asyncio
 import gc
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 import ray
@@ -23,7 +23,8 @@ from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
 from actors.remote import NAMESPACE, answer
 from actors.settings import ActorsSettings
 from agent import logs
-from agent.events import Cursor, Page, PassivationReason
+from agent.events import Cursor, Page, PassivationReason, Record
+from agent.faults import ModelFault
 from agent.journal import Journal
 from agent.journals import POSTGRES, open_journal
 from agent.settings import AgentSettings
@@ -40,31 +41,34 @@ ASK_MARGIN_S = 5.0
 """For the way to the manager and back."""
 
 
-async def kit_of(agent: AgentSettings, actors: ActorsSettings) -> Kit:
-    """The parts that a process of the cluster shares, with a journal of its own."""
+async def kit_of(agent: AgentSettings, actors: ActorsSettings, *, node_id: str = "") -> Kit:
+    """The parts that a process of the cluster shares, with a journal of its own. `node_id`: where it
+    runs, if it asks models."""
     journal = await open_journal(agent.journal, agent.storage_dir)
-    return _kit(journal, agent, actors)
+    return _kit(journal, agent, actors, node_id)
 
 
 async def _sessions_kit(name: str, agent: AgentSettings, actors: ActorsSettings) -> Kit:
     """The same for a process that hosts sessions: there are hundreds, too many for a server's
     connections."""
+    node_id = ray.get_runtime_context().get_node_id()
     if agent.journal.url.startswith(POSTGRES):
-        return _kit(NodeJournal.here(generation_of(name), agent, actors), agent, actors)
-    return await kit_of(agent, actors)
+        journal = NodeJournal.here(generation_of(name), agent, actors)
+        return _kit(journal, agent, actors, node_id)
+    return await kit_of(agent, actors, node_id=node_id)
 
 
-def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings) -> Kit:
+def _kit(journal: Journal, agent: AgentSettings, actors: ActorsSettings, node_id: str) -> Kit:
     return Kit(
         journal=journal,
-        model=gateway_model(actors.gateway_silence_s),
+        model=gateway_model(actors.gateway_silence_s, node_id=node_id),
         agent=agent,
         actors=actors,
         snapshots=Snapshots(agent.storage, agent.storage_dir),
     )
 
 
-def gateway_model(silence_s: float, *, app: str = GATEWAY) -> GatewayModel:
+def gateway_model(silence_s: float, *, app: str = GATEWAY, node_id: str = "") -> GatewayModel:
     """The gateway's replicas, of which the manager knows."""
     manager: Any = None
 
@@ -85,7 +89,7 @@ def gateway_model(silence_s: float, *, app: str = GATEWAY) -> GatewayModel:
             raise
         return [place_of(place) for place in told]
 
-    return GatewayModel(ask, silence_s, node_id=ray.get_runtime_context().get_node_id())
+    return GatewayModel(ask, silence_s, node_id=node_id)
 
 
 def named(generation: str) -> str:
@@ -107,9 +111,15 @@ class SessionActor:
         self._host = SessionHost(self._kit, name, self._tell)
         self._manager: Any = None
         self._checks = spawn(self._host.keep_current(), name="epochs")
+        self._meeting = spawn(self._meet_gateway(agent.default_model or ""), name="gateway")
         # What is loaded by now stays: collections need not look at it again.
         gc.collect()
         gc.freeze()
+
+    async def _meet_gateway(self, model: str) -> None:
+        """Be connected, and know the usual model, before a first turn waits for it."""
+        with suppress(ModelFault):  # a turn will say so
+            await self._kit.model.card(model)
 
     def _entitle(self, what: str) -> None:
         """Have the process's title say it, from the next call on: around every call Ray (2.60) writes

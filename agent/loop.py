@@ -77,6 +77,10 @@ class Run(Protocol):
         """The session's sandbox, opened at the first use, with its fact."""
         ...
 
+    def is_watched(self) -> bool:
+        """Whether somebody may read an answer while it comes."""
+        ...
+
     def is_pausing(self) -> bool:
         """Whether to stop between two steps. An open turn stays open."""
         ...
@@ -246,6 +250,7 @@ async def _completion(run: Run, part: Part) -> Completion:
         session_id=run.context.opened.session_id,
         max_output_tokens=run.context.spec.max_output_tokens,
         temperature=run.context.spec.temperature,
+        stream=run.is_watched(),
     )
     async with aclosing(run.model.stream(request)) as stream:
         async for chunk in stream:

@@ -64,6 +64,8 @@ class RetryingModel:
             else:
                 return
             n_retries += 1
+            # An answer in one piece comes after minutes of silence, which many a proxy takes for an end.
+            request = request._replace(stream=True)
             await self._sleep(pause_s)
 
     async def card(self, model: str) -> ModelCard:

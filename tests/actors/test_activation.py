@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.activation import MAX_COMMANDS, MAX_STRETCH_CHARS, Activation
+from actors.activation import MAX_COMMANDS, MAX_STRETCH_CHARS, WATCHED_S, Activation
 from actors.feed import MAX_PAGE_CHARS
 from actors.protocol import (
     Compact,
@@ -771,3 +771,31 @@ async def test_commits_that_wait_behind_one_are_one(stand: MakeStand) -> None:
     await asyncio.gather(first, *waiting)
     assert [len(each) for each in journal.appends] == [1, 6]
     assert activation.context.n_calls == 7
+
+
+async def test_an_answer_is_streamed_while_somebody_may_watch(stand: MakeStand) -> None:
+    clock = [0.0]
+    rounds = [Wait() for _ in range(4)]
+    for number, waiting in enumerate(rounds):
+        waiting.name = f"wait{number}"  # type: ignore[misc]
+    replies = [Reply(tool_calls=(call(one.name),)) for one in rounds]
+    made = stand(*replies, SAY, tools=rounds, now_s=lambda: clock[0])
+    activation = await made.open()
+
+    async def passed(waiting: Wait, time_s: float) -> None:
+        await asyncio.wait_for(waiting.began.wait(), SOON_S)
+        clock[0] += time_s
+        waiting.go.set()
+
+    await activation.submit(ALICE, SendMessage(text="go"))
+    await passed(rounds[0], WATCHED_S - 1)
+    await passed(rounds[1], 1)  # now the command is too long ago
+    await asyncio.wait_for(rounds[2].began.wait(), SOON_S)
+    pages = activation.pages(ALICE, Cursor(0))
+    await anext(pages)
+    await passed(rounds[2], 2 * WATCHED_S)  # a reader is there
+    await asyncio.wait_for(rounds[3].began.wait(), SOON_S)
+    await pages.aclose()
+    await passed(rounds[3], WATCHED_S)  # and has left
+    await made.rested(activation)
+    assert [r.stream for r in requests_of(made)] == [True, True, False, True, False]

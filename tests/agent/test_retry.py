@@ -119,3 +119,11 @@ async def test_a_pause_ends_at_once_when_the_call_is_cancelled() -> None:
         with pytest.raises(asyncio.CancelledError):
             await call
     assert len(inner.requests) == 1
+
+
+async def test_an_answer_in_one_piece_that_did_not_come_is_streamed_the_next_time() -> None:
+    inner = ScriptedModel([Reply(fault=ModelCut("x")), Reply("ok")])
+    model = retrying(inner, Waits())
+    async with aclosing(model.stream(REQUEST._replace(stream=False))) as stream:
+        assert [item async for item in stream]
+    assert [request.stream for request in inner.requests] == [False, True]
