@@ -33,6 +33,7 @@ from bench.measures import Figures, named
 from bench.systems import System, house_settings
 
 RESULTS = Path(__file__).parent / "results"
+N_WARM = measures.N_AT_ONCE + 1
 OVER_HTTP = {**measures.OF_TROUPE, **measures.OF_ALL, **measures.OF_HOUSES}
 PARTS = ("journal", "gateway", "scale", "cold", *OVER_HTTP)
 
@@ -97,7 +98,7 @@ def _over_http(only: frozenset[str], folder: Path) -> Figures:
         local = ends.enter_context(systems.local(storage, house_settings(storage, model_url)))
         storage = _below(folder, "troupe")
         stock.fill(storage)
-        settings = house_settings(storage, model_url, actors={"warm": {"min": measures.N_AT_ONCE}})
+        settings = house_settings(storage, model_url, actors={"warm": {"spare": N_WARM}})
         house = ends.enter_context(systems.troupe(storage, settings))
         return asyncio.run(_measured(only, relay, local, house))
 
@@ -107,7 +108,7 @@ async def _measured(only: frozenset[str], relay: System, local: System, house: S
     async with (
         client(relay.url, has_sessions=False) as to_relay,
         client(local.url) as to_local,
-        client(house.url, n_warm=measures.N_AT_ONCE) as to_house,
+        client(house.url, n_warm=N_WARM) as to_house,
     ):
         everyone = ((to_relay, relay), (to_local, local), (to_house, house))
         for name, measure in OVER_HTTP.items():

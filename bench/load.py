@@ -15,6 +15,8 @@ import aiohttp
 
 TIMEOUT_S = 120.0
 READY_S = 240.0
+N_OPENING = 4
+"""Sessions that are opened at once where no process waits for them: each start costs a CPU-second."""
 SSE = {"Accept": "text/event-stream"}
 
 
@@ -54,15 +56,21 @@ class Client:
         self._n_warm = n_warm
 
     async def ready(self) -> None:
-        """Wait until as many processes as there should be wait for a session.
+        """Have as many processes wait for a session as there should: by sessions that come and go.
 
         Raises:
             TimeoutError
         """
+        gate = asyncio.Semaphore(N_OPENING)
+
+        async def opened() -> Talk:
+            async with gate:
+                return await self.open("chunks-1-at-0")
+
         async with asyncio.timeout(READY_S):
-            # Nothing tells of it.
-            while self._n_warm and (await self.get("/v1/capacity"))["warm"] < self._n_warm:  # noqa: ASYNC110
-                await asyncio.sleep(0.2)
+            while self._n_warm and (await self.get("/v1/capacity"))["warm"] < self._n_warm:
+                talks = await asyncio.gather(*(opened() for _ in range(self._n_warm)))
+                await asyncio.gather(*map(self.delete, talks))
 
     async def open(self, model: str, agent: str | None = None) -> Talk:
         if not self._has_sessions:
