@@ -306,24 +306,24 @@ class Activation:
     def is_pausing(self) -> bool:
         return self._pausing
 
+    def is_watched(self) -> bool:
+        return self._readers.n_taken > 0 or self.now_s() - self._seen_s < WATCHED_S
+
     # -- commands ----------------------------------------------------------------------------
 
     async def submit(self, who: Principal, command: AnyCommand) -> Accepted:
         """Carry out a command. See `actors.protocol.Sessions.submit`.
 
-    def is_watched(self) -> bool:
-        return self._readers.n_taken > 0 or self.now_s() - self._seen_s < WATCHED_S
-
         Raises:
             Moved: the session is leaving or has left; nothing was written.
         """
         self._check_owner(who)
+        self._seen_s = self.now_s()
         if isinstance(command, Close):
             return await self._tasks.carry_out(lambda: self._close(command), name="close")
         try:
             with self._commands.taken():
                 fact = self._fact_of(command)
-        self._seen_s = self.now_s()
                 await self._charge(fact)
                 records = await self._commit(lambda: [self._fact_of(command)])
         except Repeated as repeated:
