@@ -151,6 +151,11 @@ async def connect(agent: AgentSettings, actors: ActorsSettings) -> Sessions:
     return RaySessions(await kit_of(agent, actors))
 
 
+def begin_manager(agent: AgentSettings, actors: ActorsSettings) -> None:
+    """Have the manager's process start, which `start_manager` waits for."""
+    session_manager(agent, actors)
+
+
 async def start_manager(agent: AgentSettings, actors: ActorsSettings) -> None:
     """Have the cluster's manager running when this returns. For the process that assembles a house.
 
@@ -237,13 +242,10 @@ async def _other_than(n_left: int) -> int:
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
-def start_gateway(agent: AgentSettings, default_model: str) -> None:
-    """Have the model gateway running when this returns. Blocking, for a driver.
-
-    Raises:
-        RuntimeError: Serve says why it did not start.
-    """
-    serve.run(gateway_app(agent.model, default_model), name=GATEWAY_APP, route_prefix=None)
+def gateway_target(agent: AgentSettings, default_model: str) -> serve.RunTarget:
+    """The model gateway, for `serve.run_many`."""
+    app = gateway_app(agent.model, default_model)
+    return serve.RunTarget(app, name=GATEWAY_APP, route_prefix=None)
 
 
 async def drain(actors: ActorsSettings) -> None:

@@ -101,16 +101,17 @@ class Cluster:
         # Ray puts a handler of its own in its place, which aborts the process.
         signal.signal(signal.SIGTERM, before)
         ends.callback(_quietly, ray.shutdown)
+        ends.callback(_quietly, serve.shutdown)
+        ends.callback(self._drain, settings)
+        actors.client.begin_manager(settings.agent, settings.actors)  # beside Serve
         # Serve's HTTP options are those of the first start; a deployment that comes first would
         # settle them on port 8000.
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": settings.serve.host, "port": settings.serve.port},
         )
-        ends.callback(_quietly, serve.shutdown)
-        ends.callback(self._drain, settings)
-        asyncio.run(actors.client.start_manager(settings.agent, settings.actors))
         serve_app.deployment.deploy(settings)
+        asyncio.run(actors.client.start_manager(settings.agent, settings.actors))
         return Running(
             url=f"http://{url_host(settings.serve.host)}:{settings.serve.port}",
             dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,

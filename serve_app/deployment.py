@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from actors.client import connect, start_gateway
+from actors.client import connect, gateway_target
 from agent import logs
 from agent.agents import load_agents
 from serve_app.app import create_app
@@ -47,7 +47,6 @@ def deploy(settings: TroupeSettings) -> None:
     Raises:
         RuntimeError: Serve says why a deployment did not start.
     """
-    start_gateway(settings.agent, default_model(settings))
     # Typed as a function by Ray, whose decorator takes classes too.
     ingress: Any = serve.ingress(lambda: Edge(settings))
     edge: Any = serve.deployment(
@@ -60,7 +59,9 @@ def deploy(settings: TroupeSettings) -> None:
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},
     )
-    serve.run(edge.bind(), name=APP, route_prefix="/")
+    gateway = gateway_target(settings.agent, default_model(settings))
+    # Beside each other: each takes seconds to import what it needs.
+    serve.run_many([gateway, serve.RunTarget(edge.bind(), name=APP, route_prefix="/")])
 
 
 def default_model(settings: TroupeSettings) -> str:

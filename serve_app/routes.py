@@ -137,7 +137,7 @@ IdempotencyKey = Annotated[
 class Post(Call):
     """A call that may be repeated under one key."""
 
-    def __init__(self, request: Request, idempotency_key: IdempotencyKey = None) -> None:
+    def __init__(self, request: Request, idempotency_key: str | None) -> None:
         super().__init__(request)
         self.wants_events = _wants_events(request.headers.get("accept", ""))
         self._key_header = idempotency_key
@@ -157,8 +157,17 @@ class Post(Call):
         return await self.sessions.submit(self.who, session_id, command)
 
 
-Read = Annotated[Call, Depends(Call)]
-Written = Annotated[Post, Depends(Post)]
+# A dependency that is not async costs a thread's turn (FastAPI 0.165).
+async def _call(request: Request) -> Call:
+    return Call(request)
+
+
+async def _post(request: Request, idempotency_key: IdempotencyKey = None) -> Post:
+    return Post(request, idempotency_key)
+
+
+Read = Annotated[Call, Depends(_call)]
+Written = Annotated[Post, Depends(_post)]
 CURSOR_PATTERN = r"^[0-9]{1,18}\.[0-9]{1,18}\.[0-9]{1,18}$"
 
 READ = documented(401, 403, 404, 422, 429, 500, 503)

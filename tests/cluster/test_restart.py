@@ -101,7 +101,8 @@ async def test_sessions_outlive_a_stop_and_a_kill_of_the_whole_house(tmp_path: P
         assert made["session_id"] == session_id
 
     mark = new_mark()
-    with own_house(tmp_path) as second:
+    # Serve's own proxy once, as every other test has HAProxy.
+    with own_house(tmp_path, edge={"proxy": "serve"}) as second:
         async with second.user() as user:
             await goes_on(user, working, heard)
             assert [f["reason"] for f in heard.of("passivated")] == ["shutdown"]

@@ -67,7 +67,9 @@ def own_environment() -> dict[str, str]:
 
 
 @contextmanager
-def own_house(storage_dir: Path, **actors: Any) -> Generator[OwnHouse]:
+def own_house(
+    storage_dir: Path, *, edge: dict[str, Any] | None = None, **actors: Any
+) -> Generator[OwnHouse]:
     config = storage_dir / "test.yaml"
     settings: dict[str, Any] = {
         "agent": {
@@ -76,6 +78,7 @@ def own_house(storage_dir: Path, **actors: Any) -> Generator[OwnHouse]:
             "default_agent": "tester",
         },
         "actors": {"close_wait_s": 20.0, "page_wait_s": 0.2, **actors},
+        "serve": edge or {},
     }
     config.write_text(yaml.safe_dump(settings))
     command = [TROUPE, "up", "--dev", "--port", "0", "--model", "scripted/puppet", "-c", config]
