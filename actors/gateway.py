@@ -46,7 +46,8 @@ class GatewayReplica:
         self._place = Place(
             replica_id=context.replica_id.unique_id,
             app=context.app_name,
-            # What Ray's own parts listen on: loopback, where the cluster is this machine.
+            # Not every address of the machine, as Ray's own parts listen on. Of a Ray on one machine it is
+            # that of the network too (2.60), and other nodes may join it.
             address=await self._plane.start(ray.util.get_node_ip_address()),
             token=self._plane.token,
             node_id=ray.get_runtime_context().get_node_id(),
