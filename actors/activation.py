@@ -142,8 +142,10 @@ class Activation:
         tell: Callable[[Report], None],
         *,
         user_token: str | None = None,
+        begun: Sequence[Record] = (),
     ) -> Self:
-        """Take the session and settle what the incarnation before left open.
+        """Take the session and settle what the incarnation before left open. `begun` is all of a session
+        that was made for this incarnation, in the epoch of its records.
 
         Raises:
             NoSuchSession, JournalFault
@@ -151,8 +153,8 @@ class Activation:
         """
         self = cls(kit, session_id, tell)
         self.user_token = user_token
-        epoch = await kit.journal.fence(session_id)
-        records = await read_all(kit.journal, session_id)
+        epoch = begun[-1].epoch if begun else await kit.journal.fence(session_id)
+        records = begun or await read_all(kit.journal, session_id)
         self.tools = kit.tools(records[0].fact.spec)
         self.context = Context(self.tools.idempotent, kit.agent.model.default_window_tokens)
         self.context.fold(records)
@@ -162,6 +164,9 @@ class Activation:
         self.feed = Feed(epoch, self.context.head, ring_events=kit.actors.ring_events)
         self.keeping = Keeping(kit, self.context, self._tasks, self.commit)
         self._log = self._log.bind(epoch=epoch)
+        if begun:
+            self._kick()
+            return self
         was_open = self.context.sandbox_open
         lost = [SandboxClosed(reason="lost", unsaved=True)] if was_open else []
         activated = Activated(epoch=epoch, reason=self._why(epoch))

@@ -7,7 +7,7 @@ a session runs, beyond the reports "busy" and "rested". What is asked for is a m
 
 import asyncio
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 
 import structlog
@@ -39,9 +39,9 @@ from actors.quotas import charge
 from actors.recovery import Recovery
 from actors.rolling import roll
 from actors.tokens import Tokens
-from agent.events import Fact, PassivationReason, SessionOpened
+from agent.events import Activated, Fact, PassivationReason, Record, SessionOpened
 from agent.faults import Fault, JournalFault, NoSuchSession, SessionExists, SnapshotFailed
-from agent.journal import SessionRow
+from agent.journal import SessionRow, row_of
 from agent.spec import AgentSpec
 from agent.vault import Vault
 
@@ -105,10 +105,18 @@ class Desk:
             with self.ledger.returned_on_failure(lease):
                 if seeds:
                     await charge(self._kit, who.user_id, session_id, opened.model)
-                await self._create(opened, *seeds)
-                await self._tokens.keep(session_id, command.user_token)
-                await self._housing.place(lease)
-            return await self._kit.journal.row(session_id)
+                records: list[Record] = []
+
+                async def begin() -> Sequence[Record]:
+                    if records:  # a first host died: the next one takes it as any other session
+                        return ()
+                    records.extend(await self._create(opened, *seeds))
+                    await self._tokens.keep(session_id, command.user_token)
+                    return records
+
+                route = await self._housing.place(lease, begin=begin)
+            row = row_of(records)
+            return row if row.epoch == route.epoch else await self._kit.journal.row(session_id)
 
         return await self._moves.run_asked(session_id, work)
 
@@ -129,9 +137,11 @@ class Desk:
             message_id=key,
         )
 
-    async def _create(self, opened: SessionOpened, *more: Fact) -> None:
+    async def _create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
+        """For a host that waits: one transaction makes the session and its first incarnation."""
+        first = Activated(epoch=1, reason="opened")
         try:
-            await self._kit.journal.create(opened, *more)
+            return await self._kit.journal.create(opened, *more, first, epoch=first.epoch)
         except SessionExists:
             raise Conflict("The session that this key opened was deleted.") from None
 

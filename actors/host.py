@@ -2,14 +2,14 @@
 one directly; neither adds behaviour."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
 from actors.activation import Activation, Report
 from actors.kit import Kit
 from actors.protocol import Accepted, AnyCommand, Moved, Principal
-from agent.events import Cursor, Page, PassivationReason
+from agent.events import Cursor, Page, PassivationReason, Record
 
 
 class Hosted(NamedTuple):
@@ -34,9 +34,13 @@ class SessionHost:
         self._tell = tell
         self._activations: dict[str, Activation] = {}
 
-    async def adopt(self, session_id: str, user_token: str | None = None) -> int:
-        """Activate a session here; its epoch. See `Activation.open` for the faults."""
-        activation = await Activation.open(self._kit, session_id, self._tell, user_token=user_token)
+    async def adopt(
+        self, session_id: str, user_token: str | None = None, begun: Sequence[Record] = ()
+    ) -> int:
+        """Activate a session here; its epoch. See `Activation.open`."""
+        activation = await Activation.open(
+            self._kit, session_id, self._tell, user_token=user_token, begun=begun
+        )
         self._activations[session_id] = activation
         return activation.context.epoch
 

@@ -5,7 +5,7 @@ and a session are taken and given back together.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ from actors.ledger import Lease, Ledger, Refusal
 from actors.moves import Moves
 from actors.protocol import Accepted, AnyCommand, AtCapacity, Principal, Unavailable
 from actors.tokens import Tokens
-from agent.events import PassivationReason
+from agent.events import PassivationReason, Record
 
 log = structlog.get_logger()
 
@@ -24,6 +24,15 @@ MAX_GIVE_WAY_TRIES = 16
 """Idle sessions asked to go before a newcomer is refused: each may have become busy meanwhile."""
 RETRY_AFTER_S = 5
 """Told to whom is refused: about the length of a short turn."""
+
+
+Begin = Callable[[], Awaitable[Sequence[Record]]]
+"""Has a session exist. All of it, where it was made by this very call, for who comes to host it."""
+
+
+async def in_the_journal() -> Sequence[Record]:
+    """It exists."""
+    return ()
 
 
 class Route(NamedTuple):
@@ -44,7 +53,12 @@ class Host(Protocol):
     current: bool
     """False: it runs an older version of the code, and nothing new comes to it."""
 
-    async def adopt(self, session_id: str, user_token: str | None = None) -> int: ...
+    async def adopt(
+        self, session_id: str, user_token: str | None = None, begun: Sequence[Record] = ()
+    ) -> int:
+        """Activate a session; its epoch. `begun`: see `actors.activation.Activation.open`."""
+        ...
+
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted: ...
     async def passivate(self, session_id: str, reason: PassivationReason) -> bool: ...
     async def end(self, session_id: str, *, deleted: bool = False) -> None: ...
@@ -178,21 +192,23 @@ class Housing:
         self.ledger.stay(waiting)
         return self.ledger.take(waiting.session_id, waiting.user_id)
 
-    async def place(self, lease: Lease, on: Host | None = None) -> Route:
-        """Activate the session of a reserved lease on a host, `on` this empty one if it can.
+    async def place(
+        self, lease: Lease, on: Host | None = None, *, begin: Begin = in_the_journal
+    ) -> Route:
+        """Activate the session of a reserved lease on a host, `on` this empty one if it can. A session
+        that is to be begins when there is a host for it.
 
         Raises:
             Unavailable, Conflict, JournalFault. The lease stays reserved.
         """
         session_id = lease.session_id
-        token = await self._tokens.find(session_id)
         try:
-            host, epoch = await self._adopted(lease, token, on)
+            host, epoch = await self._adopted(lease, begin, on)
         except Unavailable:
             if not self.ledger.holds(lease):
                 raise
             # a warm host may have died unseen
-            host, epoch = await self._adopted(lease, token)
+            host, epoch = await self._adopted(lease, begin)
         if not host.alive:
             raise Unavailable("The session's process died.", retry_after_s=1)
         if not self.ledger.confirm(lease, epoch, host.node):
@@ -205,7 +221,7 @@ class Housing:
         return route
 
     async def _adopted(
-        self, lease: Lease, token: str | None, on: Host | None = None
+        self, lease: Lease, begin: Begin, on: Host | None = None
     ) -> tuple[Host, int]:
         host = on or await self._hosts.acquire()
         # Where many wait for a process, it may come after the reservation is over. Then it serves the
@@ -213,9 +229,14 @@ class Housing:
         if not self.ledger.renew(lease):
             await self._hosts.give_back(host, clean=True)
             raise _too_late()
+        async with AsyncExitStack() as unless_begun:
+            unless_begun.push_async_callback(self._hosts.give_back, host, clean=True)
+            begun = await begin()
+            token = await self._tokens.find(lease.session_id)
+            unless_begun.pop_all()
         async with AsyncExitStack() as unless_adopted:
             unless_adopted.push_async_callback(self._hosts.give_back, host, clean=False)
-            epoch = await host.adopt(lease.session_id, token)
+            epoch = await host.adopt(lease.session_id, token, begun)
             unless_adopted.pop_all()
         return host, epoch
 

@@ -55,8 +55,10 @@ class NodeJournal:
             timeout_s=agent.journal.timeout_s + MARGIN_S,
         )
 
-    async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
-        return await self._ask("create", opened.session_id, opened, *more)
+    async def create(
+        self, opened: SessionOpened, *more: Fact, epoch: int = 0
+    ) -> tuple[Record, ...]:
+        return await self._ask("create", opened.session_id, opened, *more, epoch=epoch)
 
     async def fence(self, session_id: str) -> int:
         return await self._ask("fence", session_id, session_id)

@@ -2,7 +2,7 @@
 many, is `actors.pool`'s; where they start, `actors.rooms` says."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from actors.remote import NAMESPACE, answer, names
 from actors.rooms import Rooms
 from actors.session import PREFIX, generation_of, named, session_actor
 from actors.settings import ActorsSettings
-from agent.events import PassivationReason
+from agent.events import PassivationReason, Record
 from agent.settings import AgentSettings
 
 log = structlog.get_logger()
@@ -75,9 +75,11 @@ class RayHost:
         with suppress(RayError):
             await self.handle.gone.remote()
 
-    async def adopt(self, session_id: str, user_token: str | None = None) -> int:
+    async def adopt(
+        self, session_id: str, user_token: str | None = None, begun: Sequence[Record] = ()
+    ) -> int:
         self.n_uses += 1
-        call = self.handle.adopt.remote(session_id, user_token)
+        call = self.handle.adopt.remote(session_id, user_token, begun)
         epoch = await answer(call, self._lost(), self._timeout_s)
         self.handle.ready.remote()  # one more call, so that its title tells (`SessionActor`)
         return epoch

@@ -150,9 +150,9 @@ class SessionActor:
         """Never returns: that this call fails tells the manager at once that the process died."""
         await asyncio.Event().wait()
 
-    async def adopt(self, session_id: str, user_token: str | None) -> int:
+    async def adopt(self, session_id: str, user_token: str | None, begun: Sequence[Record]) -> int:
         self._whose = {"session_id": session_id}
-        epoch = await self._host.adopt(session_id, user_token)
+        epoch = await self._host.adopt(session_id, user_token, begun)
         self._whose = {"session_id": session_id, "epoch": epoch}
         self._entitle(session_id)
         return epoch

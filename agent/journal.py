@@ -99,8 +99,9 @@ class SessionRow(Frozen):
         return tuple(ask for ask in self.pending if ask.tool_call_id not in calls)
 
     @classmethod
-    def opened(cls, fact: SessionOpened, at: datetime) -> Self:
+    def opened(cls, fact: SessionOpened, at: datetime, epoch: int = 0) -> Self:
         return cls(
+            epoch=epoch,
             session_id=fact.session_id,
             user_id=fact.user_id,
             agent=fact.agent,
@@ -125,8 +126,11 @@ class Journal(Protocol):
     journal. Facts that one call writes share one instant, and `at` never falls within a session.
     """
 
-    async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
-        """Begin a session with its first facts, under epoch 0. Durable when it returns.
+    async def create(
+        self, opened: SessionOpened, *more: Fact, epoch: int = 0
+    ) -> tuple[Record, ...]:
+        """Begin a session with its first facts. Durable when it returns. With an `epoch` it is taken at
+        the same time, as by `fence`.
 
         Raises:
             SessionExists: `opened.session_id` is taken, or was deleted: an id never comes back, or
@@ -248,6 +252,21 @@ async def read_all(journal: Journal, session_id: str, *, after: int = 0) -> list
         records.extend(page)
         after = page[-1].seq
     return records
+
+
+def row_of(records: Sequence[Record]) -> SessionRow:
+    """The row of a session, of all its records.
+
+    Raises:
+        ValueError: they do not begin with its opening.
+    """
+    first = records[0].fact if records else None
+    if not isinstance(first, SessionOpened):
+        raise ValueError("the first record is no SessionOpened")  # noqa: TRY004  the value is wrong
+    row = SessionRow.opened(first, records[0].at, records[-1].epoch)
+    for record in records:
+        row = row.after(record)
+    return row
 
 
 def utc_now() -> datetime:

@@ -50,14 +50,16 @@ class MemoryJournal:
         journal._sessions[opened.session_id] = session
         return journal
 
-    async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
+    async def create(
+        self, opened: SessionOpened, *more: Fact, epoch: int = 0
+    ) -> tuple[Record, ...]:
         self._check_open()
         facts = (opened, *more)
         encoded(facts)  # refuses here what a store on disk would refuse
         if opened.session_id in self._sessions or opened.session_id in self._deleted:
             raise SessionExists("This session exists already.")
         at = self._clock()
-        session = self._sessions[opened.session_id] = _Session(SessionRow.opened(opened, at))
+        session = self._sessions[opened.session_id] = _Session(SessionRow.opened(opened, at, epoch))
         return self._added(session, facts, at)
 
     async def fence(self, session_id: str) -> int:

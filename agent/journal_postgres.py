@@ -43,10 +43,10 @@ WITH named AS (
     INSERT INTO session_ids VALUES ($1) ON CONFLICT DO NOTHING RETURNING session_id),
 opened AS (
     INSERT INTO sessions (session_id, user_id, created_at, epoch, head, closed, n_open_turns, digest)
-    SELECT session_id, $2, $3, 0, $4, $5, $6, $7 FROM named),
+    SELECT session_id, $2, $3, $10, $4, $5, $6, $7 FROM named),
 written AS (
     INSERT INTO records (session_id, seq, epoch, at, message_id, body)
-    SELECT session_id, n, 0, $3, message_id, body
+    SELECT session_id, n, $10, $3, message_id, body
     FROM named, {_NEW_FACTS.format(keys="$8", bodies="$9")})
 SELECT EXISTS (SELECT FROM named)
 """  # noqa: S608  text of our own
@@ -150,16 +150,18 @@ class PostgresJournal:
             raise
         return self
 
-    async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
+    async def create(
+        self, opened: SessionOpened, *more: Fact, epoch: int = 0
+    ) -> tuple[Record, ...]:
         facts, at = (opened, *more), self._clock().astimezone(UTC)
         bodies = encoded(facts)
-        row, records = _grown(SessionRow.opened(opened, at), facts, at)
+        row, records = _grown(SessionRow.opened(opened, at, epoch), facts, at)
 
         async def work(db: Any) -> tuple[Record, ...]:
             done = await db.fetchval(
                 *(_CREATE, _key(row.session_id), _key(row.user_id), at),
                 *_state(row),
-                *(_keys(facts), bodies),
+                *(_keys(facts), bodies, epoch),
             )
             if not done:
                 raise SessionExists("This session exists already.")

@@ -104,7 +104,9 @@ class SqliteJournal:
             raise
         return self
 
-    async def create(self, opened: SessionOpened, *more: Fact) -> tuple[Record, ...]:
+    async def create(
+        self, opened: SessionOpened, *more: Fact, epoch: int = 0
+    ) -> tuple[Record, ...]:
         facts, at = (opened, *more), self._clock().astimezone(UTC)
         bodies = encoded(facts)
 
@@ -115,7 +117,7 @@ class SqliteJournal:
             )
             if db.execute(taken, {"id": opened.session_id}).fetchone():
                 raise SessionExists("This session exists already.")
-            row = SessionRow.opened(opened, at)
+            row = SessionRow.opened(opened, at, epoch)
             db.execute(_INSERT_ROW, _dump(row))
             return _add(db, row, facts, bodies, at)
 

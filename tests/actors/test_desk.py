@@ -372,7 +372,6 @@ async def test_a_process_that_comes_too_late_for_one_serves_the_next(tmp_path: P
     assert hosts.n_started == 1
     assert (await desk.capacity(BOB)).live == 1
     assert await desk.live_among([view.session_id]) == {view.session_id}
-    [row] = (await kit.journal.rows("alice", limit=5)).rows
-    assert row.epoch == 0, "nothing lived in vain"
+    assert (await kit.journal.rows("alice", limit=5)).rows == (), "nothing began in vain"
     await desk.drain()
     await desk.close()

@@ -39,7 +39,7 @@ from agent.faults import (
     SessionExists,
     SettingsInvalid,
 )
-from agent.journal import Journal, SessionRow, read_all
+from agent.journal import Journal, SessionRow, read_all, row_of
 from agent.journal_memory import MemoryJournal
 from agent.journal_sqlite import SqliteJournal
 from agent.journals import open_journal
@@ -140,6 +140,19 @@ async def test_a_known_message_id_writes_nothing_and_says_where_it_is(store: Sto
     await journal.append(session_id, epoch, [said("y", "m3")])
     elsewhere, epoch = await begun(journal)
     await journal.append(elsewhere, epoch, [said("another session", "m1")])
+
+
+async def test_a_session_may_begin_taken(store: Store) -> None:
+    journal = await store()
+    opened = opening()
+    records = await journal.create(opened, said("first"), epoch=1)
+    assert [record.epoch for record in records] == [1, 1]
+    assert await read_all(journal, opened.session_id) == list(records)
+    assert await journal.row(opened.session_id) == row_of(records)
+    with pytest.raises(Fenced):
+        await journal.append(opened.session_id, 0, [said("x")])
+    await journal.append(opened.session_id, 1, [said("second")])
+    assert await journal.fence(opened.session_id) == 2
 
 
 async def test_the_opening_command_has_a_key_too(store: Store) -> None:
