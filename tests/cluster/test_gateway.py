@@ -150,7 +150,8 @@ def test_a_fault_arrives_as_itself(session: Any, kind: type[ModelFault]) -> None
 
 def test_a_fault_keeps_its_fields(session: Any, provider: OpenAIServer) -> None:
     provider.script(Refuse(429, headers={"Retry-After": "700"}))
-    request = ModelRequest(PROVIDER_MODEL, [{"role": "user", "content": "hi"}])
+    # A model of its own: nobody is let to a model whose provider asked for that time.
+    request = ModelRequest("hosted_vllm/refused", [{"role": "user", "content": "hi"}])
     name, _, fields = got(session.fault.remote(request))
     assert (name, fields) == ("ModelRateLimited", {"retry_after_s": 700.0})
 
