@@ -91,6 +91,7 @@ async def test_an_open_turn_goes_on_by_itself_and_the_late_result_of_the_dead_do
     sessions = await house(WAIT, SAY, tools=[tool])
     session_id = await waiting(sessions, tool)
     zombie = await died(sessions, session_id)
+    assert await sessions.desk.when_live(session_id, SOON_S)  # before, the result would not be late
     tool.go.set()
     heard = await follow(sessions, ALICE, session_id, turn=1)
     [finished] = heard.of("tool_finished")
