@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import structlog
 
-from actors.commands import Repeated, answered, fact_of
+from actors.commands import Repeated, answered, fact_of, remembered
 from actors.detached import Detached
 from actors.feed import MAX_STORED, Feed, page_of
 from actors.keeping import Keeping
@@ -36,7 +36,8 @@ from actors.protocol import (
     Unavailable,
 )
 from actors.quotas import charge
-from agent.context import Context
+from agent.checkpoint import checkpoint_due, replayed
+from agent.context import Answer, Context
 from agent.events import (
     Activated,
     Command,
@@ -119,6 +120,7 @@ class Activation:
         self.user_token: str | None = None
         self._tasks = Detached()
         self._commits = asyncio.Lock()
+        self._checkpoint_seq = 0
         self.waiting: deque[Commit] = deque()
         """For the lock, in order. Bounded by the callers: each awaits its own."""
         self._turn_task: asyncio.Task[None] | None = None
@@ -154,10 +156,14 @@ class Activation:
         self = cls(kit, session_id, tell)
         self.user_token = user_token
         epoch = begun[-1].epoch if begun else await kit.journal.fence(session_id)
-        records = begun or await read_all(kit.journal, session_id)
-        self.tools = kit.tools(records[0].fact.spec)
-        self.context = Context(self.tools.idempotent, kit.agent.model.default_window_tokens)
-        self.context.fold(records)
+        if begun:
+            self.context = self._new_context()
+            self.context.fold(begun)
+        else:
+            self.context, self._checkpoint_seq = await replayed(
+                kit.journal, session_id, self._new_context
+            )
+        self.tools = kit.tools(self.context.spec)
         if self.context.closed:
             raise Moved("The session is closed.")
         self.context.epoch = epoch
@@ -172,6 +178,13 @@ class Activation:
         activated = Activated(epoch=epoch, reason=self._why(epoch))
         await self.commit(*lost, activated, *self._given_up(activated))
         return self
+
+    def _new_context(self) -> Context:
+        window_tokens = self._kit.agent.model.default_window_tokens
+        return Context(self._is_idempotent, window_tokens)
+
+    def _is_idempotent(self, tool: str) -> bool:
+        return self.tools.idempotent(tool)  # which are known when the session's spec is
 
     def _given_up(self, activated: Activated) -> list[Fact]:
         """The end of a turn under which the process died too often: it may be what kills."""
@@ -246,7 +259,7 @@ class Activation:
         parts = [facts, *(each.facts_of() for each in company)]
         together = [fact for part in parts for fact in part]
         try:
-            records = await self._kit.journal.append(self.session_id, self.context.epoch, together)
+            records = await self._append(together)
         except MessageKnown:
             raise
         except JournalFault as fault:
@@ -258,13 +271,30 @@ class Activation:
         own, *others = (tuple(islice(rest, len(part))) for part in parts)
         for each, written in zip(company, others, strict=True):
             each.records = written
-        self.context.fold(records)
+        await self._fold(records)
         self.feed.show_records(records)
         # Here and not in the caller: who asked may have left by now, and the facts count.
         if any(isinstance(record.fact, InterruptRequested) for record in records):
             self._interrupt_step()
         self._kick()
         return own
+
+    async def _append(self, facts: Sequence[Fact]) -> tuple[Record, ...]:
+        due = checkpoint_due(self.context, self._checkpoint_seq)
+        records = await self._kit.journal.append(self.session_id, self.context.epoch, facts, due)
+        if due is not None:
+            self._checkpoint_seq = due.seq
+        return records
+
+    async def _fold(self, records: Sequence[Record]) -> None:
+        self.context.fold(records)
+        if self.context.is_short:
+            try:
+                everything = await read_all(self._kit.journal, self.session_id)
+            except JournalFault as fault:
+                self._lose(fault)
+                raise
+            self.context.fold_anew(everything)
 
     def _lose(self, fault: Fault) -> None:
         """This incarnation is over, without a last fact: another one owns the session, or nobody can
@@ -333,15 +363,30 @@ class Activation:
                 records = await self._commit(lambda: [self._fact_of(command)])
         except Repeated as repeated:
             return repeated.answer
+        except Fault as refused:
+            if (earlier := await self._earlier_answer(command, refused)) is None:
+                raise
+            return earlier
         [record] = records
         return Accepted(record.fact.turn, str(Cursor(record.seq)), _n_messages(record.fact))
+
+    async def _earlier_answer(self, command: AnyCommand, refused: Fault) -> Accepted | None:
+        """What a command was answered so long ago that the context does not remember. None: it is new,
+        or the journal failed, which says nothing."""
+        is_known = isinstance(refused, MessageKnown)
+        is_lost = isinstance(refused, JournalFault | Moved) and not is_known
+        has_forgotten = self.context.n_answers > len(self.context.answers)
+        if command.message_id is None or is_lost or not (is_known or has_forgotten):
+            return None
+        record = await self._kit.journal.command(self.session_id, command.message_id)
+        return answered(Answer.of(record), command) if record else None
 
     def _check_owner(self, who: Principal) -> None:
         if self._deleted or who.user_id != self.context.opened.user_id:
             raise NotFound("There is no such session.")
 
     def _fact_of(self, command: AnyCommand) -> Command:
-        if self._leaving and not answered(self.context, command):
+        if self._leaving and not remembered(self.context, command):
             raise Moved("The session is leaving.")
         return fact_of(self.context, command, max_queued=self._kit.actors.max_queued_turns)
 
@@ -607,6 +652,7 @@ class Activation:
         self, cursor: Cursor, turn: int | None, *, follow: bool, stretch_s: float
     ) -> AsyncGenerator[Page]:
         until_s = self.now_s() + stretch_s
+        reader = object()
         room = MAX_STRETCH_CHARS
         silent_since_s = -math.inf
         while room > 0:

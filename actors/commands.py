@@ -25,7 +25,7 @@ from actors.protocol import (
     Truncate,
     Undo,
 )
-from agent.context import Context
+from agent.context import Answer, Context
 from agent.events import (
     ApprovalDecided,
     Command,
@@ -50,18 +50,25 @@ class Repeated(Exception):
         self.answer = answer
 
 
-def answered(context: Context, command: AnyCommand) -> Accepted | None:
-    """The first answer to a command that the session has recorded; None: it is new.
+def answered(known: Answer, command: AnyCommand) -> Accepted:
+    """The first answer to a command whose `message_id` the session has recorded.
 
     Raises:
-        Conflict: its `message_id` belongs to another kind of command.
+        Conflict: the `message_id` belongs to another kind of command.
     """
-    known = context.answers.get(command.message_id) if command.message_id else None
-    if known is None:
-        return None
-    if known.kind is not _FACTS[type(command)]:
+    if known.kind != _KINDS[type(command)]:
         raise Conflict("This message_id was used for another command.")
     return Accepted(known.turn, str(Cursor(known.seq)), known.n_messages)
+
+
+def remembered(context: Context, command: AnyCommand) -> Accepted | None:
+    """The same where the context remembers the command. None: it is new, or long ago.
+
+    Raises:
+        Conflict
+    """
+    known = context.answers.get(command.message_id) if command.message_id else None
+    return answered(known, command) if known else None
 
 
 def fact_of(context: Context, command: AnyCommand, *, max_queued: int) -> Command:
@@ -72,7 +79,7 @@ def fact_of(context: Context, command: AnyCommand, *, max_queued: int) -> Comman
         Conflict, Invalid, TooLarge: it cannot be; the sentence says why.
         QueueFull: as many turns wait as may.
     """
-    if known := answered(context, command):
+    if known := remembered(context, command):
         raise Repeated(known)
     if context.closed:
         raise Conflict("The session is closed.")
@@ -113,19 +120,19 @@ def _interrupt(context: Context, command: Interrupt) -> Command:
 
 
 def _undo(context: Context, command: Undo) -> Command:
-    if not context.user_entries:
+    if not context.user_turns:
         raise Conflict("There is no user message to undo.")
-    return _rewound(context, context.user_entries[-1].turn, command.message_id)
+    return _rewound(context, context.user_turns[-1], command.message_id)
 
 
 def _truncate(context: Context, command: Truncate) -> Command:
-    entries = context.user_entries
-    if not 0 <= command.user_message_index < len(entries):
+    turns = context.user_turns
+    if not 0 <= command.user_message_index < len(turns):
         raise Invalid(
-            f"The session has {len(entries)} user messages;"
+            f"The session has {len(turns)} user messages;"
             f" there is none with index {command.user_message_index}."
         )
-    return _rewound(context, entries[command.user_message_index].turn, command.message_id)
+    return _rewound(context, turns[command.user_message_index], command.message_id)
 
 
 def _rewound(context: Context, turn: int, message_id: str | None) -> Command:
@@ -179,14 +186,14 @@ _MAKERS: dict[type[Any], Callable[[Context, Any], Command]] = {
     Seed: _seed,
     Close: _close,
 }
-_FACTS: dict[type[Any], type[Command]] = {
-    SendMessage: UserMessage,
-    Decide: ApprovalDecided,
-    Interrupt: InterruptRequested,
-    Undo: Rewound,
-    Truncate: Rewound,
-    Compact: CompactionRequested,
-    SwitchModel: ModelSwitched,
-    Seed: SeedRequested,
-    Close: SessionClosed,
+_KINDS: dict[type[Any], str] = {
+    SendMessage: "user_message",
+    Decide: "approval_decided",
+    Interrupt: "interrupt_requested",
+    Undo: "rewound",
+    Truncate: "rewound",
+    Compact: "compaction_requested",
+    SwitchModel: "model_switched",
+    Seed: "seed_requested",
+    Close: "session_closed",
 }

@@ -14,7 +14,7 @@ from actors.remote import answer
 from actors.settings import ActorsSettings
 from agent.events import Fact, Record, SessionOpened
 from agent.faults import Fault, JournalFault
-from agent.journal import RowPage, SessionRow
+from agent.journal import Checkpoint, Replay, RowPage, SessionRow
 from agent.settings import AgentSettings
 
 MARGIN_S = 5.0
@@ -64,14 +64,24 @@ class NodeJournal:
         return await self._ask("fence", session_id, session_id)
 
     async def append(
-        self, session_id: str, epoch: int, facts: Sequence[Fact]
+        self,
+        session_id: str,
+        epoch: int,
+        facts: Sequence[Fact],
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Record, ...]:
-        return await self._ask("append", session_id, session_id, epoch, facts)
+        return await self._ask("append", session_id, session_id, epoch, facts, checkpoint)
 
     async def read(
         self, session_id: str, *, after: int = 0, limit: int = 1000
     ) -> tuple[Record, ...]:
         return await self._ask("read", session_id, session_id, after=after, limit=limit)
+
+    async def replay(self, session_id: str, code: str, *, limit: int = 1000) -> Replay:
+        return await self._ask("replay", session_id, session_id, code, limit=limit)
+
+    async def command(self, session_id: str, message_id: str) -> Record | None:
+        return await self._ask("command", session_id, session_id, message_id)
 
     async def row(self, session_id: str) -> SessionRow:
         return await self._ask("row", session_id, session_id)

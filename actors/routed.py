@@ -33,7 +33,7 @@ from actors.protocol import (
     Status,
     Unavailable,
 )
-from agent.context import Context
+from agent.context import Answer, Context
 from agent.events import Cursor, Page
 from agent.faults import JournalFault, NoSuchSession
 from agent.journal import SessionRow, read_all
@@ -129,10 +129,10 @@ class RoutedSessions(ABC):
         self._routes[session_id] = route
 
     async def _answered_by_closed(self, session_id: str, command: AnyCommand) -> Accepted:
-        known = answered(await self._folded(session_id), command)
-        if known is None:
+        record = await self._journal.command(session_id, command.message_id or "")
+        if record is None:
             raise Conflict("The session is closed.")
-        return known
+        return answered(Answer.of(record), command)
 
     async def delete(self, who: Principal, session_id: str) -> None:
         await self._desk.delete(who, session_id)

@@ -10,8 +10,12 @@ arrive while a turn runs wait in `queue` and enter the view when their turn begi
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
 
 from agent import gate
 from agent.events import (
@@ -45,6 +49,7 @@ from agent.events import (
     ToolFinished,
     ToolStarted,
     TurnEnded,
+    TurnOpener,
     UserMessage,
     WorkspaceRestored,
 )
@@ -75,6 +80,8 @@ from agent.view import (
     tokens_of,
 )
 
+MAX_ANSWERS = 256
+"""A client repeats what it sent a moment ago; for the rest the journal is asked."""
 MAX_LOST = 3
 """Calls lost in a row that are made again: a gateway that dies more often needs a person."""
 
@@ -82,16 +89,23 @@ MAX_LOST = 3
 class Answer(NamedTuple):
     """What a command was answered, for its repetition."""
 
-    kind: type[Command]
+    kind: str
+    """The fact's type."""
     turn: int
     seq: int
     n_messages: int | None = None
     """Of a seed: the well-formed ones."""
 
+    @classmethod
+    def of(cls, record: Record) -> "Answer":
+        fact = record.fact
+        n_messages = len(fact.messages) if isinstance(fact, SeedRequested) else None
+        return cls(fact.type, fact.turn, record.seq, n_messages)
+
 
 class Opening(NamedTuple):
     seq: int
-    fact: Command
+    fact: TurnOpener
 
 
 SUPERSEDED = "The user did not decide on this call and wrote a new message instead. It did not run."
@@ -109,44 +123,118 @@ NEW_SHELL = (
 )
 
 
-class Context:
+class Faded(NamedTuple):
+    """A message of the view that a compaction replaced, without its text."""
+
+    turn: int
+    is_user: bool
+
+    @classmethod
+    def of(cls, entry: Entry) -> "Faded":
+        return cls(entry.turn, isinstance(entry, UserEntry))
+
+
+@dataclass(eq=False)
+class Folded:
+    """What the records of a session have come to. A checkpoint holds all of it."""
+
+    model: str = ""
+    epoch: int = 0
+    head: int = 0
+    closed: bool = False
+    rested_by: Passivated | SessionClosed | None = None
+    """The last record's fact where it says that an incarnation ended on purpose."""
+    view: list[Entry] = field(default_factory=list[Entry])
+    """After `faded`."""
+    faded: list[Faded] = field(default_factory=list[Faded])
+    """The view's first messages, where the context began from a checkpoint."""
+    faded_ask: str | None = None
+    """The newest user message of `faded`."""
+    call_ids: set[str] = field(default_factory=set[str])
+    """Of every call that was ever proposed, rewound ones too."""
+    plan: tuple[PlanItem, ...] = ()
+    sandbox_open: bool = False
+    answers: dict[str, Answer] = field(default_factory=dict[str, Answer])
+    """The newest MAX_ANSWERS, by message_id. The journal knows all."""
+    n_answers: int = 0
+    """Of the whole session."""
+    n_turns: int = 0
+    turn: Opening | None = None
+    queue: deque[Opening] = field(default_factory=deque[Opening])
+    n_steps: int = 0
+    """Model calls of the running turn that gave a message."""
+    n_calls: int = 0
+    """Model calls of the session: addresses of parts."""
+    held: Held = field(default_factory=Held)
+    recovered_at: list[datetime] = field(default_factory=list[datetime])
+    """When the running turn's process was found dead."""
+    _interrupted: set[int] = field(default_factory=set[int])
+    compactions: list[tuple[int, Compacted]] = field(default_factory=list[tuple[int, Compacted]])
+    _compaction_done: bool = False
+    _compaction_failed: CompactionFailed | None = None
+    _seeded: bool = False
+    _overflowed: bool = False
+    _n_lost: int = 0
+    """Model calls in a row that were lost on the way."""
+    _tokens: int = 0
+
+
+class Saved(NamedTuple):
+    opened: SessionOpened
+    folded: Folded
+
+
+SAVED = TypeAdapter(Saved)
+
+
+class Context(Folded):
     """A session as its records tell it."""
 
     def __init__(self, idempotent: Callable[[str], bool], window_tokens: int = 128_000) -> None:
+        super().__init__()
         self._idempotent = idempotent
         self.window_tokens = window_tokens
         self.opened: SessionOpened
-        self.model = ""
-        self.epoch = 0
-        self.head = 0
-        self.closed = False
-        self.rested_by: Fact | None = None
-        """The last record's fact where it says that an incarnation ended on purpose."""
-        self.view: list[Entry] = []
-        self.call_ids: set[str] = set()
-        """Of every call that was ever proposed, rewound ones too."""
-        self.plan: tuple[PlanItem, ...] = ()
-        self.sandbox_open = False
-        self.answers: dict[str, Answer] = {}
-        self.n_turns = 0
-        self.turn: Opening | None = None
-        self.queue: deque[Opening] = deque()
-        self.n_steps = 0
-        """Model calls of the running turn that gave a message."""
-        self.n_calls = 0
-        """Model calls of the session: addresses of parts."""
-        self._interrupted: set[int] = set()
-        self._compactions: list[tuple[int, Compacted]] = []
-        self._compaction_done = False
-        self._compaction_failed: CompactionFailed | None = None
-        self._seeded = False
-        self._overflowed = False
-        self._n_lost = 0
-        """Model calls in a row that were lost on the way."""
-        self._tokens = 0
-        self.held = Held()
-        self.recovered_at: list[datetime] = []
-        """When the running turn's process was found dead."""
+        self.boundary = 0
+        """The seq after which the record before it matters less: of the newest compaction, or of a
+        rewind behind one."""
+        self.is_short = False
+        """A rewind went behind `faded`: what it brought back is only in the journal."""
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def checkpointed(self) -> str:
+        """The context as one text, its entries before the newest compaction faded."""
+        after = self._after_cut()
+        cut = self.view[: len(self.view) - len(after)]
+        state = copy(self)
+        state.view = after
+        state.faded = [*self.faded, *(Faded.of(entry) for entry in cut if not _is_seed(entry))]
+        state.faded_ask = self._ask_before(after)
+        state.compactions = self.compactions[-1:]
+        return SAVED.dump_json(Saved(self.opened, state)).decode()
+
+    def restore(self, text: str) -> None:
+        """Be what `checkpointed` gave. For a context that is new.
+
+        Raises:
+            ValueError: the text is not such a one; nothing has changed.
+        """
+        saved = SAVED.validate_json(text)
+        self.opened = saved.opened
+        self._become(saved.folded)
+        self.boundary = self.head
+
+    def fold_anew(self, records: Iterable[Record]) -> None:
+        """Be what all the records of the session tell, whatever this was before."""
+        whole = Context(self._idempotent, self.window_tokens)
+        whole.fold(records)
+        self._become(whole)
+        self.boundary, self.is_short = whole.boundary, False
+
+    def _become(self, folded: Folded) -> None:
+        for each in fields(Folded):
+            setattr(self, each.name, getattr(folded, each.name))
 
     # -- the fold ----------------------------------------------------------------------------
 
@@ -156,9 +244,7 @@ class Context:
             self.head = record.seq
             self.rested_by = fact if isinstance(fact, Passivated | SessionClosed) else None
             if isinstance(fact, Command) and fact.message_id is not None:
-                n_messages = len(fact.messages) if isinstance(fact, SeedRequested) else None
-                answer = Answer(type(fact), fact.turn, record.seq, n_messages)
-                self.answers[fact.message_id] = answer
+                self._remember(fact.message_id, Answer.of(record))
             if isinstance(fact, TURN_OPENERS):
                 self.n_turns = max(self.n_turns, fact.turn)
                 self.queue.append(Opening(record.seq, fact))
@@ -167,6 +253,12 @@ class Context:
             self.held = self.held.after(fact)
             if self.turn is None and self.queue:
                 self._begin(self.queue.popleft())
+
+    def _remember(self, message_id: str, answer: Answer) -> None:
+        self.answers[message_id] = answer
+        self.n_answers += 1
+        if len(self.answers) > MAX_ANSWERS:
+            del self.answers[next(iter(self.answers))]
 
     def _fold_one(self, record: Record) -> None:  # noqa: C901, PLR0912, PLR0915 - a flat table, a case per fact
         match record.fact:
@@ -204,7 +296,8 @@ class Context:
             case ModelSwitched(model=model):
                 self.model = model
             case Compacted() as fact:
-                self._compactions.append((fact.turn, fact))
+                self.compactions.append((fact.turn, fact))
+                self.boundary = record.seq
                 self._compaction_done, self._overflowed = True, False
                 self._tokens = self._estimate()
             case CompactionFailed() as fact:
@@ -213,9 +306,7 @@ class Context:
                 self.view.append(UserEntry(record.seq, fact.turn, fact.summary, seed=True))
                 self._seeded = True
             case Rewound(to=to):
-                self.view = [entry for entry in self.view if entry.turn <= to]
-                self._compactions = [pair for pair in self._compactions if pair[0] <= to]
-                self._tokens = self._estimate()
+                self._rewind(to, record.seq)
             case SandboxOpened(turn=turn):
                 self.sandbox_open = True
                 if self.held.was_used:
@@ -230,6 +321,14 @@ class Context:
                 self.closed = True
             case _:
                 pass
+
+    def _rewind(self, to: int, seq: int) -> None:
+        self.view = [entry for entry in self.view if entry.turn <= to]
+        kept = [pair for pair in self.compactions if pair[0] <= to]
+        if len(kept) < len(self.compactions):
+            self.compactions, self.boundary = kept, seq
+            self.is_short = self.is_short or (bool(self.faded) and not kept)
+        self._tokens = self._estimate()
 
     def _fold_model_call(self, fact: ModelCalled) -> None:
         self.n_calls += 1
@@ -443,17 +542,17 @@ class Context:
         }
 
     @property
-    def user_entries(self) -> list[UserEntry]:
-        """The visible user messages, which `truncate` counts from 0."""
-        return [e for e in self.view if isinstance(e, UserEntry) and not e.seed]
+    def user_turns(self) -> list[int]:
+        """The turns of the visible user messages, which `truncate` counts from 0."""
+        return [said.turn for said in self._said if said.is_user]
 
     def n_messages_upto(self, turn: int) -> int:
         """Visible user and assistant messages of the view's turns up to `turn`."""
-        return sum(
-            1
-            for entry in self.view
-            if entry.turn <= turn and not (isinstance(entry, UserEntry) and entry.seed)
-        )
+        return sum(said.turn <= turn for said in self._said)
+
+    @property
+    def _said(self) -> list[Faded]:
+        return [*self.faded, *(Faded.of(entry) for entry in self.view if not _is_seed(entry))]
 
     def can_compact(self) -> bool:
         return len(self._after_cut()) > 1 and self.cut(keep_tokens=0) > 0
@@ -474,9 +573,9 @@ class Context:
         return entries[-1].seq if entries else 0
 
     def _after_cut(self) -> list[Entry]:
-        if not self._compactions:
+        if not self.compactions:
             return self.view
-        upto = self._compactions[-1][1].upto
+        upto = self.compactions[-1][1].upto
         index = next((i for i, e in enumerate(self.view) if e.seq == upto), -1)
         return self.view[index + 1 :]
 
@@ -489,7 +588,7 @@ class Context:
     @property
     def summary(self) -> str | None:
         """What stands for the entries that were compacted."""
-        return self._compactions[-1][1].summary if self._compactions else None
+        return self.compactions[-1][1].summary if self.compactions else None
 
     def _estimate(self) -> int:
         chars = len(self.spec.system_prompt) + len(self.summary or "")
@@ -502,13 +601,24 @@ class Context:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.spec.system_prompt}]
         after = self._after_cut()
         if self.summary is not None:
-            cut = self.view[: len(self.view) - len(after)]
-            messages.append({"role": "user", "content": handover(self.summary, cut)})
+            told = handover(self.summary, self._ask_before(after))
+            messages.append({"role": "user", "content": told})
         return messages + chat(after)
 
+    def _ask_before(self, after: list[Entry]) -> str | None:
+        """The newest user message of the view before its last entries, `after`."""
+        cut = self.view[: len(self.view) - len(after)]
+        asked = (e for e in reversed(cut) if isinstance(e, UserEntry) and not e.seed)
+        return next((entry.text for entry in asked), self.faded_ask)
+
     def messages(self) -> list[dict[str, Any]]:
-        """What a person sees: the whole view, compacted entries too, no system prompt."""
+        """What a person sees: the whole view, compacted entries too, no system prompt. Of a context
+        that was folded from the first record."""
         return chat(self.view)
+
+
+def _is_seed(entry: Entry) -> bool:
+    return isinstance(entry, UserEntry) and entry.seed
 
 
 def _rejection(decision: Decision) -> str:

@@ -315,6 +315,10 @@ AnyFact = Annotated[
 FACT: TypeAdapter[AnyFact] = TypeAdapter(AnyFact)
 
 TURN_OPENERS = (UserMessage, ApprovalDecided, CompactionRequested, SeedRequested)
+TurnOpener = Annotated[
+    UserMessage | ApprovalDecided | CompactionRequested | SeedRequested,
+    Field(discriminator="type"),
+]
 
 
 class Record(NamedTuple):

@@ -118,6 +118,22 @@ class RowPage(NamedTuple):
     """Pass it as `after` for the next page; None: this was the last."""
 
 
+class Checkpoint(NamedTuple):
+    """What folding a session's records up to `seq` gave. Derived: without it a waking session reads
+    all its records, and nothing else is different."""
+
+    seq: int
+    code: str
+    """What folded it: to another code it says nothing."""
+    body: str
+
+
+class Replay(NamedTuple):
+    checkpoint: Checkpoint | None
+    records: tuple[Record, ...]
+    """What follows it, or the first ones; at most a page."""
+
+
 class Journal(Protocol):
     """Safe to use from many tasks of one loop; implementations say what holds across processes.
 
@@ -149,11 +165,16 @@ class Journal(Protocol):
         ...
 
     async def append(
-        self, session_id: str, epoch: int, facts: Sequence[Fact]
+        self,
+        session_id: str,
+        epoch: int,
+        facts: Sequence[Fact],
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Record, ...]:
         """Write facts, all or none. Durable when it returns. Cancelling leaves all or none.
 
-        No facts: a check of the epoch. Epoch 0 is current until the first `fence`.
+        No facts: a check of the epoch. Epoch 0 is current until the first `fence`. With facts a
+        `checkpoint` of records before them takes the place of the session's last one.
 
         Raises:
             Fenced: `epoch` is not the current one; nothing was written.
@@ -173,6 +194,19 @@ class Journal(Protocol):
         Raises:
             NoSuchSession
         """
+        ...
+
+    async def replay(self, session_id: str, code: str, *, limit: int = 1000) -> Replay:
+        """What a session that wakes begins with: its checkpoint, if it is of this `code`, and the
+        first `limit` records behind it. Go on with `read`.
+
+        Raises:
+            NoSuchSession
+        """
+        ...
+
+    async def command(self, session_id: str, message_id: str) -> Record | None:
+        """The record of the command with this key. None: there is none, or no such session."""
         ...
 
     async def row(self, session_id: str) -> SessionRow:
@@ -241,6 +275,10 @@ class Journal(Protocol):
         ...
 
 
+PAGE = 1000
+"""Records that are read at once where all are wanted."""
+
+
 async def read_all(journal: Journal, session_id: str, *, after: int = 0) -> list[Record]:
     """Every record after `after`, read in pages.
 
@@ -248,9 +286,11 @@ async def read_all(journal: Journal, session_id: str, *, after: int = 0) -> list
         NoSuchSession
     """
     records: list[Record] = []
-    while page := await journal.read(session_id, after=after):
+    while page := await journal.read(session_id, after=after, limit=PAGE):
         records.extend(page)
         after = page[-1].seq
+        if len(page) < PAGE:
+            break
     return records
 
 

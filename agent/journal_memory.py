@@ -7,7 +7,17 @@ from typing import Self
 
 from agent.events import Command, Fact, Record, SessionOpened
 from agent.faults import Fenced, JournalFault, MessageKnown, NoSuchSession, SessionExists
-from agent.journal import PageKey, RowPage, SessionRow, encoded, message_ids, page_of, utc_now
+from agent.journal import (
+    Checkpoint,
+    PageKey,
+    Replay,
+    RowPage,
+    SessionRow,
+    encoded,
+    message_ids,
+    page_of,
+    utc_now,
+)
 
 
 @dataclass
@@ -16,6 +26,7 @@ class _Session:
     records: list[Record] = field(default_factory=list[Record])
     known: dict[str, int] = field(default_factory=dict[str, int])
     """The seq of each message_id."""
+    checkpoint: Checkpoint | None = None
     secret: bytes | None = None
 
     def add(self, records: Sequence[Record]) -> None:
@@ -68,7 +79,11 @@ class MemoryJournal:
         return session.row.epoch
 
     async def append(
-        self, session_id: str, epoch: int, facts: Sequence[Fact]
+        self,
+        session_id: str,
+        epoch: int,
+        facts: Sequence[Fact],
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Record, ...]:
         encoded(facts)
         session = self._session(session_id)
@@ -79,6 +94,8 @@ class MemoryJournal:
                 raise MessageKnown(
                     "This message_id was recorded before.", seq=session.known[message_id]
                 )
+        if facts and checkpoint:
+            session.checkpoint = checkpoint
         return self._added(session, facts, self._clock())
 
     def _added(self, session: _Session, facts: Sequence[Fact], at: datetime) -> tuple[Record, ...]:
@@ -94,6 +111,19 @@ class MemoryJournal:
     ) -> tuple[Record, ...]:
         records = self._session(session_id).records
         return tuple(records[max(after, 0) : max(after, 0) + limit])
+
+    async def replay(self, session_id: str, code: str, *, limit: int = 1000) -> Replay:
+        checkpoint = self._session(session_id).checkpoint
+        if checkpoint is not None and checkpoint.code != code:
+            checkpoint = None
+        after = checkpoint.seq if checkpoint else 0
+        return Replay(checkpoint, await self.read(session_id, after=after, limit=limit))
+
+    async def command(self, session_id: str, message_id: str) -> Record | None:
+        self._check_open()
+        session = self._sessions.get(session_id)
+        seq = session.known.get(message_id) if session else None
+        return session.records[seq - 1] if session and seq else None
 
     async def row(self, session_id: str) -> SessionRow:
         return self._session(session_id).row

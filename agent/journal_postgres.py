@@ -25,7 +25,17 @@ from agent.faults import (
     SessionExists,
     boundary,
 )
-from agent.journal import PageKey, RowPage, SessionRow, encoded, message_ids, page_of, utc_now
+from agent.journal import (
+    Checkpoint,
+    PageKey,
+    Replay,
+    RowPage,
+    SessionRow,
+    encoded,
+    message_ids,
+    page_of,
+    utc_now,
+)
 from agent.migrations import steps
 from agent.settings import Sync
 
@@ -62,6 +72,15 @@ written AS (
     FROM moved, {_NEW_FACTS.format(keys="$8", bodies="$10")})
 SELECT EXISTS (SELECT FROM moved)
 """  # noqa: S608  the same
+_APPEND_CHECKED = _APPEND.replace(
+    "written AS",
+    """checked AS (
+    INSERT INTO checkpoints (session_id, seq, code, body)
+    SELECT session_id, $11, $12, $13 FROM moved
+    ON CONFLICT (session_id) DO UPDATE
+    SET seq = excluded.seq, code = excluded.code, body = excluded.body),
+written AS""",
+)
 _FENCE = "UPDATE sessions SET epoch = epoch + 1 WHERE session_id = $1 AND epoch = $2"
 _SEAL = """
 INSERT INTO secrets SELECT session_id, $2 FROM sessions WHERE session_id = $1 FOR KEY SHARE
@@ -181,10 +200,15 @@ class PostgresJournal:
         return await self._write(session_id, work)
 
     async def append(
-        self, session_id: str, epoch: int, facts: Sequence[Fact]
+        self,
+        session_id: str,
+        epoch: int,
+        facts: Sequence[Fact],
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Record, ...]:
         facts, at = tuple(facts), self._clock().astimezone(UTC)
         bodies, keys = encoded(facts), _keys(facts)
+        statement, more = (_APPEND_CHECKED, checkpoint) if checkpoint else (_APPEND, ())
 
         async def work(db: Any) -> tuple[Record, ...]:
             before = self._rows.get(session_id)
@@ -193,9 +217,9 @@ class PostgresJournal:
             while facts:
                 row, records = _grown(before, facts, max(at, before.updated_at))
                 done = await db.fetchval(
-                    *(_APPEND, _key(session_id), epoch, before.head),
+                    *(statement, _key(session_id), epoch, before.head),
                     *_state(row),
-                    *(keys, row.updated_at, bodies),
+                    *(keys, row.updated_at, bodies, *more),
                 )
                 if done:
                     self._remember(row)
@@ -209,17 +233,28 @@ class PostgresJournal:
     async def read(
         self, session_id: str, *, after: int = 0, limit: int = 1000
     ) -> tuple[Record, ...]:
-        async def work(db: Any) -> tuple[Record, ...]:
-            found = await db.fetch(
-                "SELECT seq, epoch, at, body FROM records WHERE session_id = $1 AND seq > $2"
-                " ORDER BY seq LIMIT $3",
-                *(_key(session_id), after, limit),
+        return await self._read(session_id, lambda db: _records(db, session_id, after, limit))
+
+    async def replay(self, session_id: str, code: str, *, limit: int = 1000) -> Replay:
+        async def work(db: Any) -> Replay:
+            found = await db.fetchrow(
+                "SELECT seq, code, body FROM checkpoints WHERE session_id = $1 AND code = $2",
+                *(_key(session_id), code),
             )
-            if not found:
-                await _fresh(db, session_id)
-            return tuple(
-                Record(seq, epoch, at, FACT.validate_json(body)) for seq, epoch, at, body in found
+            checkpoint = Checkpoint(*found) if found else None
+            after = checkpoint.seq if checkpoint else 0
+            return Replay(checkpoint, await _records(db, session_id, after, limit))
+
+        return await self._read(session_id, work)
+
+    async def command(self, session_id: str, message_id: str) -> Record | None:
+        async def work(db: Any) -> Record | None:
+            found = await db.fetchrow(
+                "SELECT seq, epoch, at, body FROM records"
+                " WHERE session_id = $1 AND message_id = $2",
+                *(_key(session_id), _key(message_id)),
             )
+            return _record(*found) if found else None
 
         return await self._read(session_id, work)
 
@@ -430,6 +465,21 @@ async def _fresh(db: Any, session_id: str) -> SessionRow:
     if found is None:
         raise NoSuchSession("There is no such session.")
     return _loaded(*found)
+
+
+async def _records(db: Any, session_id: str, after: int, limit: int) -> tuple[Record, ...]:
+    found = await db.fetch(
+        "SELECT seq, epoch, at, body FROM records WHERE session_id = $1 AND seq > $2"
+        " ORDER BY seq LIMIT $3",
+        *(_key(session_id), after, limit),
+    )
+    if not found:
+        await _fresh(db, session_id)
+    return tuple(_record(*each) for each in found)
+
+
+def _record(seq: int, epoch: int, at: datetime, body: str) -> Record:
+    return Record(seq, epoch, at, FACT.validate_json(body))
 
 
 async def _owned(db: Any, session_id: str, epoch: int) -> SessionRow:

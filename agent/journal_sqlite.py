@@ -29,7 +29,17 @@ from agent.faults import (
     SessionExists,
     boundary,
 )
-from agent.journal import PageKey, RowPage, SessionRow, encoded, message_ids, page_of, utc_now
+from agent.journal import (
+    Checkpoint,
+    PageKey,
+    Replay,
+    RowPage,
+    SessionRow,
+    encoded,
+    message_ids,
+    page_of,
+    utc_now,
+)
 from agent.migrations import steps
 from agent.settings import Sync
 
@@ -132,7 +142,11 @@ class SqliteJournal:
         return await self._write(work)
 
     async def append(
-        self, session_id: str, epoch: int, facts: Sequence[Fact]
+        self,
+        session_id: str,
+        epoch: int,
+        facts: Sequence[Fact],
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Record, ...]:
         facts, at = tuple(facts), self._clock().astimezone(UTC)
         bodies = encoded(facts)
@@ -145,6 +159,9 @@ class SqliteJournal:
             for message_id in message_ids(facts):
                 if found := db.execute(known, (session_id, message_id)).fetchone():
                     raise MessageKnown("This message_id was recorded before.", seq=found[0])
+            if facts and checkpoint:
+                keep = "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)"
+                db.execute(keep, (session_id, *checkpoint))
             return _add(db, row, facts, bodies, at)
 
         return await self._write(work)
@@ -152,18 +169,27 @@ class SqliteJournal:
     async def read(
         self, session_id: str, *, after: int = 0, limit: int = 1000
     ) -> tuple[Record, ...]:
-        def work(db: sqlite3.Connection) -> tuple[Record, ...]:
+        return await self._read(lambda db: _records(db, session_id, after, limit))
+
+    async def replay(self, session_id: str, code: str, *, limit: int = 1000) -> Replay:
+        def work(db: sqlite3.Connection) -> Replay:
             found = db.execute(
-                "SELECT seq, epoch, at, body FROM records WHERE session_id = ? AND seq > ?"
-                " ORDER BY seq LIMIT ?",
-                (session_id, after, limit),
-            ).fetchall()
-            if not found:
-                _row(db, session_id)
-            return tuple(
-                Record(seq, epoch, datetime.fromisoformat(at), FACT.validate_json(body))
-                for seq, epoch, at, body in found
-            )
+                "SELECT seq, code, body FROM checkpoints WHERE session_id = ? AND code = ?",
+                (session_id, code),
+            ).fetchone()
+            checkpoint = Checkpoint(*found) if found else None
+            after = checkpoint.seq if checkpoint else 0
+            return Replay(checkpoint, _records(db, session_id, after, limit))
+
+        return await self._read(work)
+
+    async def command(self, session_id: str, message_id: str) -> Record | None:
+        def work(db: sqlite3.Connection) -> Record | None:
+            found = db.execute(
+                "SELECT seq, epoch, at, body FROM records WHERE session_id = ? AND message_id = ?",
+                (session_id, message_id),
+            ).fetchone()
+            return _record(*found) if found else None
 
         return await self._read(work)
 
@@ -229,7 +255,7 @@ class SqliteJournal:
     async def delete(self, session_id: str) -> None:
         def work(db: sqlite3.Connection) -> None:
             _row(db, session_id)
-            for table in ("records", "secrets", "sessions"):
+            for table in ("records", "checkpoints", "secrets", "sessions"):
                 db.execute(f"DELETE FROM {table} WHERE session_id = ?", (session_id,))  # noqa: S608  names of our own
             db.execute("INSERT INTO deleted VALUES (?)", (session_id,))
 
@@ -444,6 +470,21 @@ def _add(
         row = row.after(record)
     db.execute(_UPDATE_ROW, _dump(row))
     return records
+
+
+def _records(db: sqlite3.Connection, session_id: str, after: int, limit: int) -> tuple[Record, ...]:
+    found = db.execute(
+        "SELECT seq, epoch, at, body FROM records WHERE session_id = ? AND seq > ?"
+        " ORDER BY seq LIMIT ?",
+        (session_id, after, limit),
+    ).fetchall()
+    if not found:
+        _row(db, session_id)
+    return tuple(_record(*each) for each in found)
+
+
+def _record(seq: int, epoch: int, at: str, body: str) -> Record:
+    return Record(seq, epoch, datetime.fromisoformat(at), FACT.validate_json(body))
 
 
 def _row(db: sqlite3.Connection, session_id: str) -> SessionRow:

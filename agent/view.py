@@ -6,7 +6,9 @@ tool-call boundary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from agent.events import AssistantMessage, Decision, ToolCall, ToolFinished
 from agent.jsontext import is_object
@@ -30,7 +32,7 @@ class Call:
     result: ToolFinished | None = None
 
     def __post_init__(self) -> None:
-        self.arguments = self.proposed.arguments
+        self.arguments = self.arguments or self.proposed.arguments
 
     @property
     def due(self) -> Due:
@@ -44,6 +46,7 @@ class UserEntry:
     text: str
     seed: bool = False
     """Told by the session's restore, not typed by the user: undo and truncate do not count it."""
+    kind: Literal["user"] = "user"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class AssistantEntry:
     turn: int
     message: AssistantMessage
     calls: dict[str, Call] = field(default_factory=dict[str, Call])
+    kind: Literal["assistant"] = "assistant"
 
     @classmethod
     def of(cls, message: AssistantMessage, seq: int) -> "AssistantEntry":
@@ -63,7 +67,7 @@ class AssistantEntry:
         return [call for call in self.calls.values() if call.result is None]
 
 
-Entry = UserEntry | AssistantEntry
+Entry = Annotated[UserEntry | AssistantEntry, Field(discriminator="kind")]
 
 
 def chat(entries: Iterable[Entry]) -> list[dict[str, Any]]:
@@ -118,10 +122,11 @@ def tokens_of(entry: Entry) -> int:
     return chars // CHARS_PER_TOKEN + 1
 
 
-def handover(summary: str, cut: list[Entry]) -> str:
+def handover(summary: str, asked: str | None) -> str:
     """The summary as a message, with the newest cut user message word for word: it is the task."""
-    asked = next((e for e in reversed(cut) if isinstance(e, UserEntry) and not e.seed), None)
     quoted = (
-        f"\n\nThe user's last message before this point, verbatim:\n{asked.text}" if asked else ""
+        ""
+        if asked is None
+        else f"\n\nThe user's last message before this point, verbatim:\n{asked}"
     )
     return f"Summary of the conversation so far:\n{summary}{quoted}"

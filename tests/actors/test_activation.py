@@ -11,6 +11,7 @@ from actors.activation import MAX_COMMANDS, MAX_STRETCH_CHARS, WATCHED_S, Activa
 from actors.feed import MAX_PAGE_CHARS
 from actors.protocol import (
     Compact,
+    Conflict,
     Decide,
     Interrupt,
     Moved,
@@ -22,9 +23,10 @@ from actors.protocol import (
     SwitchModel,
     Truncate,
     Unavailable,
+    Undo,
 )
 from actors.settings import ActorsSettings, Quota
-from agent.context import MAX_LOST
+from agent.context import MAX_ANSWERS, MAX_LOST
 from agent.events import (
     AssistantMessage,
     Compacted,
@@ -799,3 +801,51 @@ async def test_an_answer_is_streamed_while_somebody_may_watch(stand: MakeStand) 
     await passed(rounds[3], WATCHED_S)  # and has left
     await made.rested(activation)
     assert [r.stream for r in requests_of(made)] == [True, True, False, True, False]
+
+
+async def test_a_command_of_long_ago_is_answered_as_it_was(stand: MakeStand) -> None:
+    made = stand(SAY)
+    activation = await made.open()
+    await made.ended(activation, "hello")
+    undo = Undo(message_id="undo")
+    first = [
+        await activation.submit(ALICE, undo),
+        await activation.submit(ALICE, SwitchModel(model="a", message_id="switch")),
+    ]
+    for n in range(MAX_ANSWERS):
+        await activation.submit(ALICE, SwitchModel(model="b", message_id=f"{n}"))
+    head = activation.context.head
+    for _ in range(2):
+        again = [
+            await activation.submit(ALICE, undo),  # which could not be now
+            await activation.submit(ALICE, SwitchModel(model="a", message_id="switch")),
+        ]
+        assert again == first
+        with pytest.raises(Conflict, match="another command"):
+            await activation.submit(ALICE, Undo(message_id="switch"))
+        with pytest.raises(Conflict, match="no user message"):
+            await activation.submit(ALICE, Undo(message_id="new"))
+        assert activation.context.head == head
+        assert await activation.passivate("idle")
+        activation = await made.wake()
+        head = activation.context.head
+    assert activation.context.model == "b"
+
+
+async def test_a_compacted_session_wakes_from_its_checkpoint_and_can_go_behind_it(
+    stand: MakeStand,
+) -> None:
+    made = stand(SAY, SAY, Reply("a summary"), SAY, SAY)
+    activation = await made.open()
+    await made.ended(activation, "first")
+    await made.ended(activation, "second")
+    assert (await made.ended(activation, Compact())).reason == "done"
+    await made.ended(activation, "third")
+    assert await activation.passivate("idle")
+    woken = await made.wake()
+    assert woken.context.faded
+    assert woken.context.prompt() == activation.context.prompt()
+    assert woken.context.user_turns == activation.context.user_turns
+    await woken.submit(ALICE, Truncate(user_message_index=1))
+    assert [m["content"] for m in woken.context.prompt()[1:]] == ["first", "ok"]
+    assert (await made.ended(woken, "fourth")).reason == "done"

@@ -39,7 +39,7 @@ from agent.faults import (
     SessionExists,
     SettingsInvalid,
 )
-from agent.journal import Journal, SessionRow, read_all, row_of
+from agent.journal import Checkpoint, Journal, SessionRow, read_all, row_of
 from agent.journal_memory import MemoryJournal
 from agent.journal_sqlite import SqliteJournal
 from agent.journals import open_journal
@@ -691,3 +691,50 @@ async def test_the_settings_say_whether_commits_wait_for_the_disk(tmp_path: Path
 def test_given_records_begin_with_the_opening() -> None:
     with pytest.raises(ValueError):
         MemoryJournal.holding([Record(1, 0, Clock()(), said("x"))])
+
+
+async def test_a_replay_begins_at_the_checkpoint_that_this_code_made(store: Store) -> None:
+    journal, other = await store(), await store()
+    session_id, epoch = await begun(journal)
+    whole = await journal.append(session_id, epoch, [said("1"), said("2"), said("3")])
+    none = await other.replay(session_id, "this")
+    assert (none.checkpoint, none.records[1:]) == (None, whole)
+    body = '{"odd": "\\u0000 \U0001f600"}'
+    tail = await journal.append(session_id, epoch, [said("4")], Checkpoint(3, "this", body))
+    assert await other.replay(session_id, "this") == (
+        Checkpoint(3, "this", body),
+        (whole[-1], *tail),
+    )
+    assert (await other.replay(session_id, "that")).checkpoint is None
+    assert (await other.replay(session_id, "this", limit=1)).records == whole[-1:]
+    later = Checkpoint(5, "this", "later")
+    tail = await journal.append(session_id, epoch, [said("5")], later)
+    assert await other.replay(session_id, "this") == (later, tail)
+    assert len(await read_all(other, session_id)) == 6
+    with pytest.raises(NoSuchSession):
+        await journal.replay("nobody", "this")
+
+
+async def test_a_write_that_is_refused_leaves_the_checkpoint_as_it_was(store: Store) -> None:
+    journal = await store()
+    session_id, epoch = await begun(journal)
+    first = Checkpoint(1, "this", "first")
+    await journal.append(session_id, epoch, [said("a", "m")], first)
+    with pytest.raises(MessageKnown):
+        await journal.append(session_id, epoch, [said("b", "m")], Checkpoint(2, "this", "second"))
+    with pytest.raises(Fenced):
+        await journal.append(session_id, epoch + 1, [said("c")], Checkpoint(2, "this", "third"))
+    assert await journal.append(session_id, epoch, [], Checkpoint(2, "this", "fourth")) == ()
+    assert (await journal.replay(session_id, "this")).checkpoint == first
+    await journal.delete(session_id)
+    with pytest.raises(NoSuchSession):
+        await journal.replay(session_id, "this")
+
+
+async def test_a_command_is_found_by_its_key(store: Store) -> None:
+    journal = await store()
+    session_id, epoch = await begun(journal)
+    [_, record] = await journal.append(session_id, epoch, [said("a"), said("b", "odd\0\\0key")])
+    assert await journal.command(session_id, "odd\0\\0key") == record
+    assert await journal.command(session_id, "another") is None
+    assert await journal.command("nobody", "odd\0\\0key") is None
