@@ -676,7 +676,8 @@ class Activation:
             if not follow or self.now_s() >= until_s:
                 yield page
                 return
-            await self.feed.changed(beat_s)
+            if await self.feed.changed(beat_s):
+                await self._kit.reading.turn(reader)
 
     async def _page(self, cursor: Cursor, turn: int | None) -> Page:
         if self.feed.covers(cursor):

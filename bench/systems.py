@@ -54,7 +54,8 @@ class System(NamedTuple):
 
 
 def is_session(process: Process) -> bool:
-    return "SessionActor" in process.title or process.title.startswith("troupe session")
+    """Whether a session lives in it: an empty one says that it is warm."""
+    return "ray::SessionActor" in process.title and not process.title.endswith("warm")
 
 
 def _cpu_s(pid: int) -> float:
