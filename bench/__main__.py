@@ -10,16 +10,12 @@ other work meanwhile mean little; the load average is part of the result.
 
 import argparse
 import asyncio
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -30,9 +26,9 @@ from bench import gateway, journal, measures, scale, stock, systems
 from bench.budgets import Judged, budgets
 from bench.load import Samples, client
 from bench.measures import Figures, named
+from bench.saved import save
 from bench.systems import System, house_settings
 
-RESULTS = Path(__file__).parent / "results"
 N_WARM = measures.N_AT_ONCE + 1
 OVER_HTTP = {**measures.OF_TROUPE, **measures.OF_ALL, **measures.OF_HOUSES}
 PARTS = ("journal", "gateway", "scale", "cold", *OVER_HTTP)
@@ -62,7 +58,9 @@ def main() -> int:
     _show(judged)
     console.print(f"{time.monotonic() - began_s:.0f} s; load average before: {load_before:.2f}")
     if asked.save:
-        _save(RESULTS / f"{asked.save}.json", figures, judged, load_before)
+        missed = [one.budget.what for one in judged if one.verdict != "met"]
+        kind = "parts" if asked.only else "targets"
+        save(asked.save, kind, figures, load_before=load_before, missed=missed)
     return 0 if all(one.verdict == "met" for one in judged) else 1
 
 
@@ -169,22 +167,6 @@ def _show(judged: Iterable[Judged]) -> None:
             f"[{colours[one.verdict]}]{one.verdict}",
         )
     console.print(table)
-
-
-def _save(path: Path, figures: Figures, judged: Iterable[Judged], load_before: float) -> None:
-    path.parent.mkdir(exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
-    result = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
-        "load_before": load_before,
-        "figures": dict(sorted(figures.items())),
-        "missed": [one.budget.what for one in judged if one.verdict != "met"],
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,22 +99,36 @@ class Client:
             async with self._http.delete(f"/v1/sessions/{talk.session_id}") as answer:
                 answer.raise_for_status()
 
+    async def listen(self, talk: Talk, heard: Callable[[], None]) -> Answer:
+        """Read a session from its beginning to the end of its first turn, beside whoever talks to it.
+        `heard` is called when the stream is there."""
+        sent_s = time.monotonic()
+        path = f"/v1/sessions/{talk.session_id}/events"
+        async with self._http.get(path, headers=SSE) as answer:
+            answer.raise_for_status()
+            heard()
+            return await _turn(answer.content, sent_s)
+
     async def _ask(self, path: str, body: Any) -> Answer:
         sent_s = time.monotonic()
         async with self._http.post(path, json=body, headers=SSE) as answer:
             answer.raise_for_status()
-            first_s, ended_s = None, None
-            delays_ms: list[float] = []
-            async for event, data in _events(answer.content):
-                if event == b"text_delta":
-                    now_ns = time.monotonic_ns()
-                    first_s = first_s or now_ns / 1e9
-                    stamps = json.loads(data)["text"].split(",")
-                    delays_ms += [(now_ns - int(stamp)) / 1e6 for stamp in stamps if stamp]
-                elif event == b"turn_ended":
-                    ended_s = time.monotonic()
-                    break
-        return Answer(sent_s, first_s, ended_s, tuple(delays_ms))
+            return await _turn(answer.content, sent_s)
+
+
+async def _turn(content: aiohttp.StreamReader, sent_s: float) -> Answer:
+    first_s, ended_s = None, None
+    delays_ms: list[float] = []
+    async for event, data in _events(content):
+        if event == b"text_delta":
+            now_ns = time.monotonic_ns()
+            first_s = first_s or now_ns / 1e9
+            stamps = json.loads(data)["text"].split(",")
+            delays_ms += [(now_ns - int(stamp)) / 1e6 for stamp in stamps if stamp]
+        elif event == b"turn_ended":
+            ended_s = time.monotonic()
+            break
+    return Answer(sent_s, first_s, ended_s, tuple(delays_ms))
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[tuple[bytes, bytes]]:

@@ -1,7 +1,7 @@
 """Fills a journal with sessions that rest, through the journal's own calls, before a house opens it."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from agent.agents import load_agents
@@ -23,8 +23,8 @@ MODEL = "openai/chunks-1-at-0"
 USAGE = Usage(prompt_tokens=10, completion_tokens=1)
 N_SHORT = 10_000
 LONG = tuple(f"long-{number}" for number in range(20))
+TURN_RECORDS = 4
 LONG_TURNS = 250
-"""Of four records each."""
 PAGE = 50
 """Turns written together."""
 
@@ -32,22 +32,26 @@ PAGE = 50
 def fill(folder: Path) -> None:
     """The default journal of a storage directory: `N_SHORT` sessions of one turn, and the `LONG` ones.
     Blocking."""
-    asyncio.run(_fill(AgentSettings(storage_dir=folder)))
+    rest(folder, dict.fromkeys(LONG, LONG_TURNS) | {f"short-{n}": 1 for n in range(N_SHORT)})
 
 
-async def _fill(settings: AgentSettings) -> None:
+def rest(folder: Path, n_turns: Mapping[str, int]) -> None:
+    """Sessions by their ids, each of so many turns. Blocking."""
+    asyncio.run(_rest(AgentSettings(storage_dir=folder), n_turns))
+
+
+async def _rest(settings: AgentSettings, n_turns: Mapping[str, int]) -> None:
     journal = await open_journal(settings.journal, settings.storage_dir)
     spec = load_agents([])["default"]
-    for session_id in (*LONG, *(f"short-{number}" for number in range(N_SHORT))):
+    for session_id, n in n_turns.items():
         opened = SessionOpened(
             session_id=session_id, user_id="dev", agent="default", model=MODEL, spec=spec
         )
         await journal.create(opened)
         epoch = await journal.fence(session_id)
         await journal.append(session_id, epoch, [Activated(epoch=epoch, reason="opened")])
-        n_turns = LONG_TURNS if session_id in LONG else 1
-        for first in range(1, n_turns + 1, PAGE):
-            turns = range(first, min(first + PAGE, n_turns + 1))
+        for first in range(1, n + 1, PAGE):
+            turns = range(first, min(first + PAGE, n + 1))
             facts = [fact for turn in turns for fact in _turn(turn, epoch)]
             await journal.append(session_id, epoch, facts)
         await journal.append(session_id, epoch, [Passivated(reason="idle")])

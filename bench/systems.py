@@ -46,11 +46,11 @@ class System(NamedTuple):
 
     def cpu_s(self) -> float:
         """What all its processes used so far, those that ended and were waited for too."""
-        return sum(map(_cpu_s, (process.pid for process in self.processes())))
+        return sum(map(cpu_s_of, (process.pid for process in self.processes())))
 
     def pss_bytes(self, *, of: Callable[[Process], bool] = lambda _: True) -> list[int]:
         """Proportional set size of each of its processes that `of` names."""
-        return [_pss_bytes(process.pid) for process in self.processes() if of(process)]
+        return [pss_bytes_of(process.pid) for process in self.processes() if of(process)]
 
 
 def is_session(process: Process) -> bool:
@@ -58,7 +58,8 @@ def is_session(process: Process) -> bool:
     return "ray::SessionActor" in process.title and not process.title.endswith("warm")
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s_of(pid: int) -> float:
+    """What a process used, and those of its children that it waited for. 0: it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -67,7 +68,8 @@ def _cpu_s(pid: int) -> float:
     return (int(user) + int(system) + int(waited_user) + int(waited_system)) / TICKS
 
 
-def _pss_bytes(pid: int) -> int:
+def pss_bytes_of(pid: int) -> int:
+    """0: it is gone."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
