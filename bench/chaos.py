@@ -35,8 +35,8 @@ LOOK_EVERY_S = 5.0
 POISON_AFTER_S = 5.0
 
 WEIGHTS = {
-    "session": 10, "manager": 2, "gateway": 2, "edge": 2, "proxy": 1, "controller": 1, "node actor": 1,
-    "node": 1, "raylet": 1, "gcs": 1, "postgres": 1,
+    "session": 10, "manager": 2, "gateway": 2, "edge": 2, "proxy": 1, "haproxy": 1, "haproxy manager": 1,
+    "controller": 1, "node actor": 1, "node": 1, "raylet": 1, "gcs": 1, "postgres": 1,
 }  # fmt: skip
 PAUSED = {"session": 0.25, "manager": 0.25, "gateway": 0.2, "edge": 0.2, "postgres": 0.5}
 """Share of the attacks on a role that are SIGSTOP, and SIGCONT a while later."""

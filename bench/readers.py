@@ -1,6 +1,6 @@
 """What readers cost: those that read nothing, and those that are many. Over real HTTP, on a house of its own.
 
-    uv run python -m bench.readers [--haproxy] [--silent 20] [--mb 50]
+    uv run python -m bench.readers [--proxy serve] [--silent 20] [--mb 50]
     uv run python -m bench.readers --readers 1000 --sessions 40
 
 Silent readers open a stream and never read. The same work is done without them and with them; the
@@ -29,8 +29,7 @@ import yaml
 from bench.world import World, role_of
 from serve_app.sse_client import Lines
 
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-BUFFERING = ("session", "manager", "gateway", "edge", "proxy", "haproxy")
+BUFFERING = ("session", "manager", "gateway", "edge", "proxy", "haproxy", "haproxy manager")
 """The roles on the way from a session to its readers."""
 TEXT = "x" * 90_000
 TURN_BYTES = 3 * len(TEXT)
@@ -46,7 +45,7 @@ CHUNKS = 20
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What readers cost.")
-    parser.add_argument("--haproxy", action="store_true", help="Serve behind HAProxy")
+    parser.add_argument("--proxy", choices=["haproxy", "serve"], default="haproxy")
     parser.add_argument("--silent", type=int, default=20)
     parser.add_argument("--mb", type=int, default=50, help="shown while they are silent")
     parser.add_argument("--readers", type=int, default=0, help="of one session")
@@ -54,9 +53,7 @@ def main() -> int:
     asked = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="troupe-readers-") as folder,
-        World(
-            Path(folder), settings=_settings(asked), env=HAPROXY if asked.haproxy else {}
-        ) as world,
+        World(Path(folder), settings=_settings(asked)) as world,
     ):
         return asyncio.run(_run(world, asked))
 
@@ -69,7 +66,7 @@ def _settings(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "max_sessions_per_user": n_sessions,
             "max_readers": max(2000, asked.readers),
         },
-        "serve": {"stream_max_bytes": STREAM_MAX_BYTES},
+        "serve": {"stream_max_bytes": STREAM_MAX_BYTES, "proxy": asked.proxy},
     }
 
 
@@ -95,14 +92,14 @@ async def _silent(http: httpx.AsyncClient, world: World, n_silent: int, n_mb: in
     alone = await _growth(http, world, 0, n_mb)
     beside = await _growth(http, world, n_silent, n_mb)
     print(f"{n_silent} silent readers, {n_mb} MB shown; MiB of memory gained (PSS)")
-    print(f"{'role':10}{'without':>10}{'with':>10}{'each':>10}{'bound':>10}")
+    print(f"{'role':16}{'without':>10}{'with':>10}{'each':>10}{'bound':>10}")
     worst = 0.0
     for role in BUFFERING:
         if role in beside:
             each = (beside[role] - alone.get(role, 0)) / n_silent
             worst = max(worst, each)
             row = [alone.get(role, 0), beside[role], each, BOUND_BYTES]
-            print(f"{role:10}" + "".join(f"{value / 1024**2:10.1f}" for value in row))
+            print(f"{role:16}" + "".join(f"{value / 1024**2:10.1f}" for value in row))
     return worst <= BOUND_BYTES
 
 
@@ -166,8 +163,7 @@ def _memory(world: World) -> dict[int, int]:
 def _roles(world: World) -> dict[int, str]:
     found: dict[int, str] = {}
     for process in world.processes():
-        program = process.title.split(" ")[0].rpartition("/")[2]
-        role = "haproxy" if program == "haproxy" else role_of(process)
+        role = role_of(process)
         if role in BUFFERING:
             found[process.pid] = role
     return found

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Self
 import yaml
 
 from bench.processes import LOOK_EVERY_S, Kept, Process, below, ended, send, snapshot
+from serve_app.cluster import HAPROXY_CONFIG, haproxy_environment
+from serve_app.settings import ServeSettings
 
 ROOT = Path(__file__).parent.parent
 AGENTS = Path(__file__).parent / "agents"
@@ -40,11 +42,12 @@ ROLES: dict[str, str] = {
     "gateway": "ray::ServeReplica:troupe-gateway",
     "edge": "ray::ServeReplica:troupe:edge",
     "proxy": "ray::ProxyActor",
+    "haproxy manager": "ray::HAProxyManager",
     "controller": "ray::ServeController",
     "node actor": "ray::NodeActor",
 }
 """Which role a process has, by the beginning of its title."""
-BINARIES = {"gcs": "/gcs/gcs_server ", "raylet": "/raylet/raylet "}
+BINARIES = {"gcs": "/gcs/gcs_server ", "raylet": "/raylet/raylet ", "haproxy": "/haproxy -"}
 HEAD = 0
 
 
@@ -73,7 +76,7 @@ class Node:
 class World:
     """Up from `start` to `stop`; a context manager does both.
 
-    `settings` go over Troupe's defaults, section by section; `env` over the environment of all.
+    `settings` go over Troupe's defaults, section by section.
     """
 
     def __init__(
@@ -84,7 +87,6 @@ class World:
         redis: bool = False,
         database: Any = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
-        env: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
         self.storage = directory / "storage"
@@ -97,11 +99,16 @@ class World:
         self.settings = settings or {}
         self._ends = ExitStack()
         self._ray_port, self._redis_port = free_ports(2)
-        self._env = _environment() | dict(env or {})
+        self._env = _environment() | self._proxy_environment()
         self._address = ""
         self._ray_dir = Path(f"/tmp/troupe-world-{self._ray_port}")
         self._gcs: tuple[list[str], dict[str, str]] | None = None
         self._door: Kept | None = None
+
+    def _proxy_environment(self) -> dict[str, str]:
+        """What `troupe up` would set for a Ray of its own; one that it joins has it from its nodes."""
+        edge = ServeSettings(**self.settings.get("serve", {}))
+        return haproxy_environment(edge) if edge.proxy == "haproxy" else {}
 
     def __enter__(self) -> Self:
         self.start()
@@ -140,6 +147,8 @@ class World:
         for logs in self._ray_dir.glob("session_2*/logs"):
             shutil.copytree(logs, self.directory / "ray", dirs_exist_ok=True, symlinks=True)
         shutil.rmtree(self._ray_dir, ignore_errors=True)
+        if HAPROXY_CONFIG in self._env:
+            shutil.rmtree(Path(self._env[HAPROXY_CONFIG]).parent, ignore_errors=True)
 
     def _start_redis(self, ends: ExitStack) -> None:
         log = self.directory / "redis.log"
