@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -23,11 +23,11 @@ from actors.protocol import (
     Sessions,
     Unavailable,
 )
-from actors.remote import NAMESPACE, answer, items, names
+from actors.remote import NAMESPACE, answer, names
 from actors.routed import RoutedSessions
 from actors.session import MANAGER, kit_of, named, session_actor
+from actors.session_plane import PlaneStage
 from actors.settings import ActorsSettings
-from agent.events import Cursor, Page
 from agent.journal import SessionRow
 from agent.settings import AgentSettings
 
@@ -86,64 +86,22 @@ class ManagerPort:
         return await self._ask("capacity", who)
 
 
-class ActorStage:
-    """A session actor by its name. Implements `actors.routed.Stage`."""
-
-    def __init__(self, name: str, timeout_s: float) -> None:
-        self._name = name
-        self._timeout_s = timeout_s
-        self._handle: Any = None
-
-    async def _actor(self) -> Any:
-        if self._handle is None:
-            try:
-                self._handle = await asyncio.to_thread(
-                    ray.get_actor, self._name, namespace=NAMESPACE
-                )
-            except ValueError as cause:
-                raise _moved() from cause
-        return self._handle
-
-    async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
-        actor = await self._actor()
-        call = actor.submit.remote(who, session_id, command)
-        return await answer(call, _moved(), self._timeout_s)
-
-    async def pages(
-        self,
-        who: Principal,
-        session_id: str,
-        cursor: Cursor,
-        *,
-        turn: int | None = None,
-        follow: bool = True,
-    ) -> AsyncGenerator[Page]:
-        actor = await self._actor()
-        stream = actor.pages.options(num_returns="streaming").remote(
-            who, session_id, cursor, turn, follow
-        )
-        async with aclosing(items(stream, _moved())) as pages:
-            async for page in pages:
-                yield page
-
-
-def _moved() -> Moved:
-    return Moved("The session's process is gone.")
-
-
 class RaySessions(RoutedSessions):
-    """`actors.protocol.Sessions` on Ray; the sole holder of actor handles."""
+    """`actors.protocol.Sessions` on Ray."""
 
     def __init__(self, kit: Kit) -> None:
         super().__init__(ManagerPort(kit.actors.call_timeout_s), kit)
-        self._stages: dict[str, ActorStage] = {}
+        self._stages: dict[str, PlaneStage] = {}
 
-    def _stage(self, route: Route) -> ActorStage:
-        if route.host not in self._stages:
+    def _stage(self, route: Route) -> PlaneStage:
+        if route.address is None:
+            raise Moved("The session's process does not listen.")
+        stage = self._stages.get(route.host)
+        if stage is None:
             while len(self._stages) >= self._kit.actors.max_sessions * 2:
-                del self._stages[next(iter(self._stages))]
-            self._stages[route.host] = ActorStage(route.host, self._kit.actors.call_timeout_s)
-        return self._stages[route.host]
+                self._stages.pop(next(iter(self._stages))).close()
+            stage = self._stages[route.host] = PlaneStage(route.address, self._kit.actors)
+        return stage
 
 
 async def connect(agent: AgentSettings, actors: ActorsSettings) -> Sessions:

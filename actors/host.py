@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from actors.activation import Activation, Report
 from actors.kit import Kit
+from actors.plane import PlaneAddress
 from actors.protocol import Accepted, AnyCommand, Moved, Principal
 from agent.events import Cursor, Page, PassivationReason, Record
 
@@ -28,6 +29,7 @@ class SessionHost:
     def __init__(self, kit: Kit, name: str, tell: Callable[[Report], None]) -> None:
         self.name = name
         self.node = ""
+        self.address: PlaneAddress | None = None
         self.alive = True
         self.current = True
         self._kit = kit

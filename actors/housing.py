@@ -14,6 +14,7 @@ import structlog
 from actors.kit import Kit
 from actors.ledger import Lease, Ledger, Refusal
 from actors.moves import Moves
+from actors.plane import PlaneAddress
 from actors.protocol import Accepted, AnyCommand, AtCapacity, Principal, Unavailable
 from actors.tokens import Tokens
 from agent.events import PassivationReason, Record
@@ -40,6 +41,8 @@ class Route(NamedTuple):
 
     host: str
     epoch: int
+    address: PlaneAddress | None = None
+    """Where its process listens; None: it is this one."""
 
 
 class Host(Protocol):
@@ -48,6 +51,8 @@ class Host(Protocol):
     name: str
     node: str
     """The machine that it is on, as the watch on memory names it."""
+    address: PlaneAddress | None
+    """Where it listens to the edge; None: in this process."""
     alive: bool
     """False once it is known to be dead, or to be ended."""
     current: bool
@@ -215,7 +220,7 @@ class Housing:
             await host.end(session_id)
             await self._hosts.give_back(host, clean=False)
             raise _too_late()
-        route = Route(host.name, epoch)
+        route = Route(host.name, epoch, host.address)
         self.homes.put(session_id, Home(host, route))
         self.announce(session_id)
         return route

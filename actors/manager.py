@@ -132,7 +132,7 @@ class SessionManager:
         for host, sessions in zip(hosts, hosted, strict=True):
             current = [s for s in sessions if s.epoch == newest[s.session_id]]
             for session in current:
-                route = Route(host.name, session.epoch)
+                route = Route(host.name, session.epoch, host.address)
                 desk.take_over(
                     host,
                     route,

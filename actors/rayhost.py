@@ -14,6 +14,7 @@ from actors.desk import Host
 from actors.detached import Detached
 from actors.host import Hosted
 from actors.memory import NodeMemory
+from actors.plane import PlaneAddress
 from actors.pool import Pool
 from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
 from actors.remote import NAMESPACE, answer, names
@@ -44,6 +45,7 @@ class RayHost:
         self.current = current
         self.node = ""
         """Empty: not known (yet)."""
+        self.address: PlaneAddress | None = None
         self.started = False
         self.n_uses = 0
         self._timeout_s = actors.call_timeout_s
@@ -53,7 +55,10 @@ class RayHost:
         return Unavailable("The session's process does not answer.", retry_after_s=1)
 
     async def ready(self) -> None:
-        self.node = await answer(self.handle.ready.remote(), self._lost(), self._timeout_s)
+        await self._met(self._timeout_s)
+
+    async def _met(self, limit_s: float) -> None:
+        self.node, self.address = await answer(self.handle.ready.remote(), self._lost(), limit_s)
         self.started = True
 
     async def answers(self, wait_s: float) -> bool:
@@ -103,8 +108,7 @@ class RayHost:
 
     async def hosted(self) -> list[Hosted]:
         found = await answer(self.handle.hosted.remote(), self._lost(), PROBE_WAIT_S)
-        self.node = await answer(self.handle.ready.remote(), self._lost(), PROBE_WAIT_S)
-        self.started = True  # it was taken over, so nobody waits for it to be ready
+        await self._met(PROBE_WAIT_S)  # it was taken over, so nobody waits for it to be ready
         return found
 
 

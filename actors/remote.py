@@ -5,10 +5,9 @@ remote one or `lost`. A fault raised remotely arrives as itself, since every Fau
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.util import list_named_actors
 
@@ -54,23 +53,3 @@ def unwrapped(error: RayError, lost: Fault) -> Fault:
     if isinstance(error, RayActorError | TaskCancelledError):
         return lost
     return Unavailable("Something failed inside the cluster.", retry_after_s=1)
-
-
-async def items(stream: Any, lost: Fault) -> AsyncGenerator[Any]:
-    """The items of a remote streaming generator. Dropping one does not stop it in the actor (2.60),
-    so closing this cancels it.
-
-    Raises:
-        Fault: as in `answer`.
-    """
-    done = False
-    try:
-        async for ref in stream:
-            yield await ref
-        done = True
-    except RayError as cause:
-        done = True
-        raise unwrapped(cause, lost) from cause
-    finally:
-        if not done:
-            ray.cancel(stream)

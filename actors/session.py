@@ -3,14 +3,15 @@
 import asyncio
 import gc
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import session_plane
 from actors.activation import Report
 from actors.detached import spawn
 from actors.gateway_client import GatewayModel
@@ -19,11 +20,12 @@ from actors.host import Hosted, SessionHost
 from actors.kit import Kit
 from actors.memory import process_bytes, trim
 from actors.node_journal import NodeJournal
+from actors.plane import PlaneAddress, PlaneServer
 from actors.protocol import Accepted, AnyCommand, Principal, Unavailable
 from actors.remote import NAMESPACE, answer
 from actors.settings import ActorsSettings
 from agent import logs
-from agent.events import Cursor, Page, PassivationReason, Record
+from agent.events import PassivationReason, Record
 from agent.faults import ModelFault
 from agent.journal import Journal
 from agent.journals import POSTGRES, open_journal
@@ -109,6 +111,8 @@ class SessionActor:
         self._entitle("warm")
         self._kit = await _sessions_kit(name, agent, actors)
         self._host = SessionHost(self._kit, name, self._tell)
+        self._plane = PlaneServer(session_plane.methods(self._host))
+        self._address = await self._plane.start(ray.util.get_node_ip_address())
         self._manager: Any = None
         self._checks = spawn(self._host.keep_current(), name="epochs")
         self._meeting = spawn(self._meet_gateway(agent.default_model or ""), name="gateway")
@@ -135,9 +139,9 @@ class SessionActor:
                 return
         self._manager.note.remote(report)
 
-    async def ready(self) -> str:
-        """Its node."""
-        return ray.get_runtime_context().get_node_id()
+    async def ready(self) -> tuple[str, PlaneAddress]:
+        """Its node, and where it listens to the edge."""
+        return ray.get_runtime_context().get_node_id(), self._address
 
     async def tidy(self) -> int:
         """Drop what the last session left; the bytes of memory that the process then takes."""
@@ -159,20 +163,6 @@ class SessionActor:
 
     async def submit(self, who: Principal, session_id: str, command: AnyCommand) -> Accepted:
         return await self._host.submit(who, session_id, command)
-
-    async def pages(
-        self,
-        who: Principal,
-        session_id: str,
-        cursor: Cursor,
-        turn: int | None,
-        follow: bool,  # noqa: FBT001 - Ray passes by position
-    ) -> AsyncGenerator[Page]:
-        source = self._host.pages(who, session_id, cursor, turn=turn, follow=follow)
-        # Ray ends a cancelled generator now and then by closing it between two items (2.60).
-        async with aclosing(source) as pages:
-            async for page in pages:
-                yield page
 
     async def passivate(self, session_id: str, reason: PassivationReason) -> bool:
         return await self._host.passivate(session_id, reason)

@@ -33,6 +33,7 @@ from actors.activation import Report
 from actors.desk import Desk, Host, Route
 from actors.kit import Kit
 from actors.local import LocalSessions
+from actors.plane import PlaneAddress
 from actors.protocol import Accepted, AnyCommand, AtCapacity, Open, Principal, SendMessage
 from actors.recovery import Recovery
 from actors.routed import RoutedSessions, Stage
@@ -182,11 +183,12 @@ def _records_of(n: int, kind: Kind) -> Iterator[dict[str, Any]]:
 
 
 class SimulatedHost:
-    __slots__ = ("alive", "current", "name", "node")
+    __slots__ = ("address", "alive", "current", "name", "node")
 
     def __init__(self, n: int) -> None:
         self.name = f"session-bench-{n:012x}"
         self.node = f"node{n % N_NODES}"
+        self.address: PlaneAddress | None = None
         self.alive = True
         self.current = True
 

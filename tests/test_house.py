@@ -67,6 +67,7 @@ CATCH_ALL = {
     "actors/recovery.py": "a session that cannot be brought back does not keep the others from it",
     "actors/housing.py": "a session that cannot leave in order still gives its slot back",
     "actors/idling.py": "a session that cannot be sent away does not keep the others",
+    "actors/plane.py": "a defect in one call must not end the process's other sessions",
     "actors/rolling.py": "a session that cannot be moved does not keep the others from it",
     "actors/node.py": "a look of the reaper that fails must not be the last",
 }
