@@ -55,7 +55,7 @@ def main() -> int:
     judged = [budget.judged(figures) for budget in budgets()]
     if asked.only:
         judged = [one for one in judged if one.verdict != "not measured"]
-    _show(judged)
+    show(judged)
     console.print(f"{time.monotonic() - began_s:.0f} s; load average before: {load_before:.2f}")
     if asked.save:
         missed = [one.budget.what for one in judged if one.verdict != "met"]
@@ -154,7 +154,7 @@ def _tell(figures: Figures) -> None:
         console.print(f"{name} = {value:.4g}")
 
 
-def _show(judged: Iterable[Judged]) -> None:
+def show(judged: Iterable[Judged]) -> None:
     table = Table("", "figure", "measured", "bound", "verdict")
     colours = {"met": "green", "missed": "red", "not measured": "yellow"}
     for one in judged:
