@@ -13,7 +13,7 @@ from agent.journal_memory import MemoryJournal
 from tests.support.house import ALICE, Echo, kit_for, local_house, puppet
 
 pytestmark = pytest.mark.timeout(60)
-LIMITS = ActorsSettings(max_sessions=200, max_sessions_per_user=10, close_wait_s=1.0)
+LIMITS = ActorsSettings(max_sessions=200, max_sessions_per_user=10, close_wait_s=1.0, drain_s=1.0)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ def place(request: pytest.FixtureRequest) -> House | None:
 @pytest.fixture
 async def sessions(place: House | None, tmp_path: Path) -> AsyncIterator[Sessions]:
     if place is None:
-        async with local_house(kit_for(tmp_path, actors=SMALL)) as house:
+        soon = SMALL.model_copy(update={"drain_s": 1.0})  # some leave turns that never end
+        async with local_house(kit_for(tmp_path, actors=soon)) as house:
             yield house
         return
     from actors.client import connect  # imports Ray: only where a cluster is wanted
