@@ -15,6 +15,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "troupe",
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # each text names all of them
     "font.size": 9,
     "text.color": GREY,
     "axes.edgecolor": GREY,
@@ -83,6 +84,8 @@ def draw(name: str, panels: Sequence[Panel]) -> Path:
 
 
 def _draw(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator  # late: see `check`
+
     for number, (label, line) in enumerate(panel.lines.items()):
         xs, ys = zip(*line, strict=True) if line else ((), ())
         colour = COLOURS[number % len(COLOURS)]
@@ -91,8 +94,11 @@ def _draw(axes: Any, panel: Panel) -> None:
     if panel.is_log:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(sorted({x for line in panel.lines.values() for x, _ in line}))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
     else:
         axes.set_ylim(bottom=0)
     axes.set_title(panel.title, loc="left")
