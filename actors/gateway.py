@@ -14,9 +14,10 @@ from ray import serve
 from ray.exceptions import RayError
 
 from actors.detached import spawn
-from actors.gateway_plane import MAX_CALLS, DataPlane, ModelGateway
+from actors.gateway_plane import ModelGateway, methods
 from actors.gateway_wire import Place
 from actors.gateways import BEAT_S
+from actors.plane import MAX_CONNECTIONS, PlaneServer
 from actors.protocol import Unavailable
 from actors.remote import NAMESPACE, answer
 from actors.session import GATEWAY, MANAGER
@@ -41,7 +42,7 @@ class GatewayReplica:
         self._model: RoutedModel = model_from(settings, n_replicas=n_replicas)
         # Beside the replica's start, so that scripted models answer at once.
         self._warming = asyncio.create_task(self._model.warm(default_model))
-        self._plane = DataPlane(ModelGateway(self._model))
+        self._plane = PlaneServer(methods(ModelGateway(self._model)))
         context = serve.get_replica_context()
         self._place = Place(
             replica_id=context.replica_id.unique_id,
@@ -49,7 +50,6 @@ class GatewayReplica:
             # Not every address of the machine, as Ray's own parts listen on. Of a Ray on one machine it is
             # that of the network too (2.60), and other nodes may join it.
             address=await self._plane.start(ray.util.get_node_ip_address()),
-            token=self._plane.token,
             node_id=ray.get_runtime_context().get_node_id(),
             beat=0,
             n_calls=0,
@@ -100,7 +100,7 @@ def gateway_app(
         GatewayReplica,
         name=DEPLOYMENT,
         num_replicas=n_replicas,
-        max_ongoing_requests=MAX_CALLS,
+        max_ongoing_requests=MAX_CONNECTIONS,
         graceful_shutdown_timeout_s=GRACE_S + GRACE_MARGIN_S,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},

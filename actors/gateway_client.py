@@ -6,15 +6,14 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, Self, TypeVar
-
-import grpc
-import grpc.aio
+from contextlib import aclosing
+from typing import Any
 
 from actors import gateway_wire as wire
 from actors.detached import spawn
 from actors.gateway_wire import Item, Place
 from actors.gateways import is_usable
+from actors.plane import PlaneClient, PlaneLost
 from agent.faults import Fault, ModelFault, ModelLost, ModelRefused
 from agent.model.contract import ModelCard, ModelRequest
 
@@ -28,46 +27,10 @@ ASK_S = 5.0
 ASK_AGAIN_S = 0.5
 """When who knows the replicas cannot be asked: it is being started again."""
 CARD_FRESH_S = 600.0
-EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue] - its types do not name it
 MAX_CARDS = 256
 
-T = TypeVar("T")
 Ask = Callable[[Mapping[str, int], float], Awaitable[list[Place]]]
 """`actors.gateways.Gateways.some` of one gateway. Raises Fault."""
-
-
-class Line:
-    """The connection to a replica. It closes when nothing runs on it any more: closing it earlier would
-    cancel the calls of others."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.is_dropped = False
-        self._n_calls = 0
-        self._channel = grpc.aio.insecure_channel(
-            place.address,
-            options=[
-                *wire.OPTIONS,
-                ("grpc.enable_http_proxy", 0),
-                # Otherwise a new line to a replica that failed waits out the old one's pauses.
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
-        )
-        self.chunks: Any = self._channel.unary_stream(f"/{wire.SERVICE}/{wire.CHUNKS}")
-        self.card: Any = self._channel.unary_unary(f"/{wire.SERVICE}/{wire.CARD}")
-        self.metadata = ((wire.TOKEN, place.token),)
-
-    async def __aenter__(self) -> Self:
-        self._n_calls += 1
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._n_calls -= 1
-        await self.close_if_unused()
-
-    async def close_if_unused(self) -> None:
-        if self.is_dropped and not self._n_calls:
-            await self._channel.close()
 
 
 class GatewayModel:
@@ -86,29 +49,31 @@ class GatewayModel:
         self._places: list[Place] = []
         self._failed: dict[str, int] = {}
         """The beat of each replica when it failed: one that tells again is asked again."""
-        self._lines: dict[str, Line] = {}
+        self._planes: dict[str, PlaneClient] = {}
         self._cards: OrderedDict[str, tuple[ModelCard, float]] = OrderedDict()
         self._fresh_until_s = 0.0
         self._looking: asyncio.Task[None] | None = None
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Item]:
-        body = _body(request)
+        body = request._asdict()
         until_s = time.monotonic() + self._silence_s
         while True:
-            line = await self._line(until_s)
-            async with line:
-                call = line.chunks(body, metadata=line.metadata)
+            place, plane = await self._replica(until_s)
+            batches = plane.stream(wire.CHUNKS, body, silence_s=self._silence_s)
+            # Closing early also ends the provider's request.
+            async with aclosing(batches):
+                if not await self._taken(place, batches):
+                    continue
                 try:
-                    frame = await self._accepted(line, call)
-                    if frame is None:
-                        continue
-                    while frame is not EOF:
-                        for item in wire.batch_of(frame):
+                    async for batch in batches:
+                        for item in wire.batch_of(batch):
                             yield item
-                        frame = await self._of(line, call.read(), self._silence_s)
-                    return
-                finally:
-                    call.cancel()  # also the provider's request
+                except PlaneLost as cause:
+                    self._drop(place)
+                    raise _lost() from cause
+                except Fault as fault:
+                    raise _of_a_model(fault) from None
+                return
 
     async def card(self, model: str) -> ModelCard:
         card, fresh_until_s = self._cards.get(model, (None, 0.0))
@@ -120,49 +85,38 @@ class GatewayModel:
         return card
 
     async def _asked_card(self, model: str) -> ModelCard:
-        body = _body(ModelRequest(model, []))
         until_s = time.monotonic() + self._silence_s
         while True:
-            line = await self._line(until_s)
-            async with line:
-                try:
-                    answer = await self._of(
-                        line, line.card(body, metadata=line.metadata), self._silence_s
-                    )
-                except ModelLost:
-                    continue
-                return wire.card_of(answer)
+            place, plane = await self._replica(until_s)
+            try:
+                return wire.card_of(await plane.call(wire.CARD, model, limit_s=self._silence_s))
+            except PlaneLost:
+                self._drop(place)
+            except Fault as fault:
+                raise _of_a_model(fault) from None
 
-    async def _accepted(self, line: Line, call: Any) -> Any:
-        """The first frame, which comes before the model is asked; None: ask another replica."""
-        try:
-            return await self._of(line, call.read(), min(ACCEPT_S, self._silence_s))
-        except ModelLost:
-            return None
-
-    async def _of(self, line: Line, step: Awaitable[T], limit_s: float) -> T:
-        """A step of a call.
+    async def _taken(self, place: Place, batches: AsyncGenerator[Any]) -> bool:
+        """Whether the replica takes the call, which it says before the model is asked. False: another
+        is to be asked.
 
         Raises:
-            ModelLost: the way broke; the replica is asked no more until it tells that it lives.
+            ModelRefused: it is larger than any takes.
         """
         try:
-            async with asyncio.timeout(limit_s):
-                return await step
-        except (grpc.RpcError, TimeoutError) as cause:
-            self._drop(line)
-            raise _lost() from cause
-        except asyncio.CancelledError as cause:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Nobody cancelled us: gRPC says so of a call that ended from within.
-            self._drop(line)
-            raise _lost() from cause
+            async with asyncio.timeout(min(ACCEPT_S, self._silence_s)):
+                await anext(batches)
+        except (PlaneLost, TimeoutError):
+            self._drop(place)
+            return False
+        except ValueError as cause:
+            raise ModelRefused(
+                "The conversation is larger than the model gateway takes."
+            ) from cause
+        return True
 
     # -- replicas ----------------------------------------------------------------------------
 
-    async def _line(self, until_s: float) -> Line:
+    async def _replica(self, until_s: float) -> tuple[Place, PlaneClient]:
         """
         Raises:
             ModelLost: no replica was found in time.
@@ -175,9 +129,9 @@ class GatewayModel:
         if time.monotonic() > self._fresh_until_s and self._looking is None:
             self._looking = spawn(self._look_again(), name="gateways")
         place = self._chosen(usable)
-        if place.replica_id not in self._lines:
-            self._lines[place.replica_id] = Line(place)
-        return self._lines[place.replica_id]
+        if place.replica_id not in self._planes:
+            self._planes[place.replica_id] = PlaneClient(place.address)
+        return place, self._planes[place.replica_id]
 
     def _usable(self) -> list[Place]:
         return [
@@ -211,25 +165,21 @@ class GatewayModel:
         self._places = places
         there = {place.replica_id for place in places}
         self._failed = {name: beat for name, beat in self._failed.items() if name in there}
-        for name in self._lines.keys() - there:
-            self._lines[name].is_dropped = True
-            await self._lines.pop(name).close_if_unused()
+        for name in self._planes.keys() - there:
+            self._planes.pop(name).close()
 
-    def _drop(self, line: Line) -> None:
-        name = line.place.replica_id
-        line.is_dropped = True
-        if self._lines.get(name) is line:
-            del self._lines[name]
-            beats = [place.beat for place in self._places if place.replica_id == name]
-            self._failed[name] = max([line.place.beat, *beats])
-
-
-def _body(request: ModelRequest) -> bytes:
-    body = wire.request_body(request)
-    if len(body) > wire.MAX_BODY_BYTES:
-        raise ModelRefused("The conversation is larger than the model gateway takes.")
-    return body
+    def _drop(self, place: Place) -> None:
+        """Ask it no more until it tells that it lives. Calls of others that run there go on."""
+        name = place.replica_id
+        if plane := self._planes.pop(name, None):
+            plane.close()
+        beats = [known.beat for known in self._places if known.replica_id == name]
+        self._failed[name] = max([place.beat, *beats])
 
 
 def _lost() -> ModelFault:
     return ModelLost("The model gateway cannot be reached.")
+
+
+def _of_a_model(fault: Fault) -> ModelFault:
+    return fault if isinstance(fault, ModelFault) else ModelFault(fault.detail)

@@ -1,4 +1,4 @@
-"""The model gateway's end beside the model: batches of a model's answer, over gRPC.
+"""The model gateway's end beside the model: batches of a model's answer.
 
 A batch is what came since the one before was sent. The first leaves at once; while many streams flow they
 are paced (`actors.pace`), so that a send carries more the more there is to do. What ends an answer waits
@@ -7,33 +7,25 @@ means a broken way.
 """
 
 import asyncio
-import hmac
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from itertools import groupby
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from actors import gateway_wire as wire
 from actors.gateway_wire import Item
 from actors.pace import Pace
-from agent.faults import Fault, ModelFault, boundary
+from actors.plane import Method
+from agent.faults import ModelFault, boundary
 from agent.model.contract import Completion, Model, ModelCard, ModelRequest
 
-MAX_CALLS = 5000
-"""Of one replica, which only waits for providers; the next is sent elsewhere."""
 BUFFER_ITEMS = 256
 """Chunks that wait for a slow session before the provider's stream is held back."""
 HEARTBEAT_S = 15.0
-SEND_COST_S = 0.001
-"""0.15 ms of a send in the gateway and the session, and 0.35 ms of the page that it becomes on its way to a
-reader; sends may take half a core."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
+SEND_COST_S = 0.002
+"""1 ms of CPU of a send and the page that it becomes on its way to a reader, in all processes together; sends
+may take half a core. From `bench/results/`."""
 
 
 class ModelGateway:
@@ -152,67 +144,17 @@ def joined(items: Iterable[Item]) -> wire.Batch:
     return tuple(batch)
 
 
-class DataPlane:
-    """A gateway's gRPC server, from `start` to `close`. It takes calls that bring its token."""
+def methods(gateway: ModelGateway) -> dict[str, Method]:
+    """What a replica answers on the data plane."""
 
-    def __init__(self, gateway: ModelGateway) -> None:
-        self.token = secrets.token_hex(32)
-        self.n_calls = 0
-        self._gateway = gateway
-        self._server = grpc.aio.server(
-            options=[
-                *wire.OPTIONS,
-                # Two replicas on one port would get each other's calls.
-                ("grpc.so_reuseport", 0),
-                # Otherwise clients that ask whether it lives are sent away.
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ],
-            maximum_concurrent_rpcs=MAX_CALLS,
-        )
-        methods = {
-            wire.CHUNKS: grpc.unary_stream_rpc_method_handler(self._chunks),
-            wire.CARD: grpc.unary_unary_rpc_method_handler(self._card),
-        }
-        handler = grpc.method_handlers_generic_handler(wire.SERVICE, methods)
-        self._server.add_generic_rpc_handlers((handler,))
+    async def chunks(told: Any) -> AsyncGenerator[Any]:
+        with boundary(ModelFault, "The model gateway failed."):
+            async with aclosing(gateway.chunks(wire.request_of(told))) as batches:
+                async for batch in batches:
+                    yield wire.told_batch(batch)
 
-    async def start(self, host: str) -> str:
-        """Listen on a free port of `host`; the address.
+    async def card(model: Any) -> AsyncGenerator[Any]:
+        with boundary(ModelFault, "The model gateway failed."):
+            yield await gateway.card(model)
 
-        Raises:
-            RuntimeError: the address cannot be had.
-        """
-        host = f"[{host}]" if ":" in host else host
-        port = self._server.add_insecure_port(f"{host}:0")
-        await self._server.start()
-        return f"{host}:{port}"
-
-    async def close(self, grace_s: float) -> None:
-        """Take no more calls; those that run have `grace_s`, then they are lost."""
-        await self._server.stop(grace_s)
-
-    async def _chunks(self, body: bytes, context: Context) -> None:
-        await self._check(context)
-        self.n_calls += 1
-        try:
-            with boundary(ModelFault, "The model gateway failed."):
-                async with aclosing(self._gateway.chunks(wire.request_of(body))) as batches:
-                    async for batch in batches:
-                        await context.write(wire.batch_body(batch))
-        except Fault as fault:
-            await context.write(wire.fault_body(fault))
-        finally:
-            self.n_calls -= 1
-
-    async def _card(self, body: bytes, context: Context) -> bytes:
-        await self._check(context)
-        try:
-            with boundary(ModelFault, "The model gateway failed."):
-                return wire.card_body(await self._gateway.card(wire.request_of(body).model))
-        except Fault as fault:
-            return wire.fault_body(fault)
-
-    async def _check(self, context: Context) -> None:
-        told: Any = dict(context.invocation_metadata() or ()).get(wire.TOKEN, "")
-        if not hmac.compare_digest(str(told).encode(), self.token.encode()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED)
+    return {wire.CHUNKS: chunks, wire.CARD: card}

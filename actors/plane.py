@@ -1,7 +1,8 @@
-"""The data plane: how pages and commands travel between the edge and a session's process.
+"""The data plane: how a model's answers travel from the gateway to a session's process, and commands and pages
+between that and the edge.
 
-Ray places processes, names them and tells of their deaths; what flows all the time goes over a socket of
-the session's process. Measured with Ray 2.60 (`python -m bench.ray_floor`): a page through a streaming
+Ray places processes, names them and tells of their deaths; what flows all the time goes over sockets of
+their own. Measured with Ray 2.60 (`python -m bench.ray_floor`): a page through a streaming
 generator of an actor costs some 0.8 ms of CPU in the actor and 0.3 ms where it is read, here a fifth of
 that; and a reader that has stopped to read holds the writer back, which a Ray generator does not.
 
@@ -32,8 +33,9 @@ log = structlog.get_logger()
 
 VERSION = 1
 ITEM, END, FAULT = range(3)
-MAX_FRAME_BYTES = 32 * 1024**2
-"""Above the largest page and the largest command, whose text is bounded by `max_body_bytes` of the edge."""
+MAX_FRAME_BYTES = 64 * 1024**2
+"""Above the largest page and command, which are bounded elsewhere; and of a model request, with its whole
+conversation, this is the bound."""
 HIGH_BYTES = 256 * 1024
 """Unsent in a process: the writer waits. As much unread: the other side is held back."""
 CONNECT_S = 5.0
@@ -43,6 +45,7 @@ HELLO_BYTES = 1024
 MAX_IDLE = 4
 """Connections that are kept for the next call, of one client to one server."""
 MAX_CONNECTIONS = 10_000
+"""Of one server: the next is sent away. A call that runs holds one."""
 CLOSE_S = 5.0
 
 _length = struct.Struct(">I")
@@ -194,6 +197,10 @@ class PlaneServer:
         self._token = secrets.token_hex(32)
         self._tasks = Detached()
         self._open: set[_Served] = set()
+        self.n_calls = 0
+        """That run now."""
+        self._rested = asyncio.Event()
+        self._rested.set()
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str) -> PlaneAddress:
@@ -234,6 +241,16 @@ class PlaneServer:
         return version == VERSION and hmac.compare_digest(str(token), self._token)
 
     async def _call(self, connection: _Served, method: str, body: Any) -> None:
+        self.n_calls += 1
+        self._rested.clear()
+        try:
+            await self._carried_out(connection, method, body)
+        finally:
+            self.n_calls -= 1
+            if not self.n_calls:
+                self._rested.set()
+
+    async def _carried_out(self, connection: _Served, method: str, body: Any) -> None:
         try:
             async with aclosing(self._methods[method](body)) as items:
                 async for item in items:
@@ -249,10 +266,13 @@ class PlaneServer:
         else:
             await connection.send([END])
 
-    async def close(self) -> None:
-        """Break off what runs."""
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Take no more connections; calls that run have `grace_s`, then they are broken off."""
         if self._server:
             self._server.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._rested.wait()
         await self._tasks.close(CLOSE_S)
 
 

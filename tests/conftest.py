@@ -8,7 +8,6 @@ from typing import NamedTuple
 import pytest
 import yaml
 from blockbuster import blockbuster_ctx
-from grpc.aio import init_grpc_aio, shutdown_grpc_aio
 
 from actors.settings import ActorsSettings, WarmSettings
 from agent import logs
@@ -65,15 +64,6 @@ def house_settings(
         serve=ServeSettings(port=0, keys_file=keys_file),
     )
     return settings, {user: key.token for user, key in keys.items()}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def grpc_stays() -> Iterator[None]:
-    """gRPC waits for its thread when the garbage collector meets the last server or channel, which would
-    be in the middle of another test's loop (1.85). Here it is never the last."""
-    init_grpc_aio()
-    yield
-    shutdown_grpc_aio()
 
 
 @pytest.fixture

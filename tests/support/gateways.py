@@ -1,4 +1,4 @@
-"""The gateway's data plane over real gRPC on loopback: replicas and a session's end, without Ray."""
+"""The gateway's data plane over real sockets on loopback: replicas and a session's end, without Ray."""
 
 import time
 from collections.abc import AsyncIterator
@@ -6,9 +6,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from actors.gateway_client import GatewayModel
-from actors.gateway_plane import DataPlane, ModelGateway
+from actors.gateway_plane import ModelGateway, methods
 from actors.gateway_wire import Place
 from actors.gateways import Gateways
+from actors.plane import PlaneServer
 from agent.model.contract import Model
 
 APP = "gateway"
@@ -23,10 +24,10 @@ class Gateway:
 
     async def replica(self, model: Model, *, node_id: str = "", heartbeat_s: float = 15.0) -> Place:
         """Start one, and have it told of."""
-        plane = DataPlane(ModelGateway(model, heartbeat_s=heartbeat_s))
+        plane = PlaneServer(methods(ModelGateway(model, heartbeat_s=heartbeat_s)))
         address = await plane.start("127.0.0.1")
-        self._stack.push_async_callback(plane.close, 0)
-        place = Place(f"replica-{address}", APP, address, plane.token, node_id, 1, 0)
+        self._stack.push_async_callback(plane.close)
+        place = Place(f"replica-{address.port}", APP, address, node_id, 1, 0)
         self.gateways.here(place)
         self.plane = plane
         return place
