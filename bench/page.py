@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.budgets import Judged, budgets
+from bench.gateway import WAYS
 from bench.growth import series
 from bench.roles import EVERYONE
 from bench.saved import Kind, Result, latest
@@ -70,16 +71,59 @@ def soak(result: Result) -> str:
     return f"{minutes} minutes.\n\n{_judged(judged)}"
 
 
+DOES: Mapping[str, str] = {
+    "session": "loop, feed, journal",
+    "gateway": "asks the provider",
+    "edge": "HTTP, pages to server-sent events",
+    "haproxy": "stands before the edge",
+    "proxy": "Serve's own, where HAProxy is not used",
+    "manager": "hears of a turn's begin and end; probes",
+    "node actor": "reaper; door to a journal that is a server",
+    "controller": "Serve's",
+    "gcs": "Ray's",
+    "raylet": "Ray's",
+    "rest": "see below",
+}
+
+
 def roles(result: Result) -> str:
     of = result.figures.get
     n_streams = number(of("troupe.role_streams"))
     columns = ("us_per_chunk", "us_per_turn", "idle_ms_per_s")
     rows = [
-        (role, *(number(of(f"troupe.role_{role}_{column}")) for column in columns))
+        (role, DOES[role], *(number(of(f"troupe.role_{role}_{column}")) for column in columns))
         for role in EVERYONE
     ]
-    head = ("Process", f"us a chunk, {n_streams} streams", "us a turn of one chunk", "idle, ms/s")
+    head = (
+        "Process",
+        "What it does",
+        f"us a chunk, {n_streams} streams",
+        "us a turn of one chunk",
+        "idle, ms/s",
+    )
     return table(head, *rows)
+
+
+def gateway(result: Result) -> str:
+    def row(way: str) -> Row:
+        figure = f"gateway.gateway_{way}_{{}}_cpu_us_per_chunk"
+        return way, *(number(result.figures.get(figure.format(at))) for at in ("paced", "full"))
+
+    head = ("Who asks", "us a chunk, 50 a second", "us a chunk, as fast as they come")
+    return table(head, *map(row, WAYS))
+
+
+def journal(result: Result) -> str:
+    figures = {
+        "append of one fact inside the activation, `journal.sync: full`": "append_full_p50_ms",
+        "the same, `normal`": "append_normal_p50_ms",
+        "fold of 1,000 records": "fold_1000_p50_ms",
+        "what a session of 1,000 records reads to wake": "wake_read_1000_p50_ms",
+        "list 100 of 10,000 sessions, 95 of 100": "list_100_p95_ms",
+    }
+    of = result.figures.get
+    rows = [(told, number(of(f"journal.{name}"))) for told, name in figures.items()]
+    return table(("What", "ms"), *rows)
 
 
 def growth(result: Result) -> str:
@@ -128,6 +172,8 @@ def ray(result: Result) -> str:
 TABLES: Mapping[str, tuple[Kind, Callable[[Result], str]]] = {
     "targets": ("targets", targets),
     "roles": ("growth", roles),
+    "gateway": ("targets", gateway),
+    "journal": ("targets", journal),
     "growth": ("growth", growth),
     "soak": ("soak", soak),
     "ray": ("ray_floor", ray),

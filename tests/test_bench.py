@@ -1,4 +1,4 @@
-"""The chaos run's users see what is wrong, and a seed repeats its attacks."""
+"""The chaos run's users see what is wrong, a seed repeats its attacks, and results become figures and a page."""
 
 from itertools import islice
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from bench import page, soak
+from bench.budgets import budgets
 from bench.chaos import WEIGHTS, attacks
 from bench.clients import Ear, Line
 from bench.evidence import Evidence
+from bench.roles import Taken
 from serve_app.sse_client import Event
 
 
@@ -56,3 +59,31 @@ def test_a_seed_repeats_the_attacks() -> None:
     assert first(1) == first(1)
     assert first(1) != first(2)
     assert {attack.role for attack in first(1)} == set(WEIGHTS)
+
+
+def test_the_performance_page_says_what_the_newest_results_say() -> None:
+    text = page.PAGE.read_text()
+    assert set(page.PLACE.findall(text)) == set(page.TABLES)
+    assert page.written(text) == text, "python -m bench.page writes it"
+
+
+def sample(at_s: float, pss_mb: int) -> soak.Sample:
+    manager = Taken(n=2, pss_bytes=2 * pss_mb * soak.MB, n_fds=2, n_threads=2)
+    return soak.Sample(at_s, {"manager": manager}, 0.1 * at_s, 0, 0, int(at_s))
+
+
+def test_a_soak_tells_a_leak_from_a_warm_up_and_from_noise() -> None:
+    def growth(*mb: int) -> float:
+        samples = [sample(10.0 * number, each) for number, each in enumerate(mb, 1)]
+        return soak.figures_of(samples, soak.Tally())["soak.manager_pss_mb_growth"]
+
+    assert growth(50, 60, 70, 80, 90, 100) == pytest.approx(40)
+    assert growth(10, 60, 60, 60, 60, 60) == pytest.approx(0)
+    assert growth(60, 61, 60, 61, 60, 61) < 1
+
+
+def test_every_bound_of_a_soak_is_on_a_figure_that_it_makes() -> None:
+    figures = soak.figures_of([sample(10.0 * n, 60) for n in range(1, 7)], soak.Tally())
+    judged = [budget.judged(figures) for budget in budgets(soak.BOUNDS)]
+    assert judged
+    assert [one.budget.what for one in judged if one.verdict == "not measured"] == []
