@@ -77,7 +77,8 @@ class _Framed(asyncio.Protocol):
         self._buffer = bytearray()
         self._frames: deque[Any] = deque()
         self._n_bytes = 0
-        self._came = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of who wants the next frame."""
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -100,7 +101,7 @@ class _Framed(asyncio.Protocol):
             return
         if n_used:
             del self._buffer[:n_used]
-            self._came.set()
+            self._wake()
         if self._n_bytes > HIGH_BYTES:
             self.transport.pause_reading()
 
@@ -133,8 +134,12 @@ class _Framed(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         del exc  # however it broke, it is lost
         self.is_lost = True
-        self._came.set()
+        self._wake()
         self._writable.set()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def send(self, value: Any) -> None:
         """
@@ -149,22 +154,37 @@ class _Framed(asyncio.Protocol):
         if self.is_lost:
             raise PlaneLost
 
-    async def receive(self) -> Any:
+    async def receive(self, limit_s: float | None = None) -> Any:
         """
         Raises:
-            PlaneLost: the other side ended, and everything that it sent was received.
+            PlaneLost: the other side ended, and everything that it sent was received; or nothing came
+                for `limit_s`.
         """
         while not self._frames:
             if self.is_lost:
                 raise PlaneLost
-            self._came.clear()
-            await self._came.wait()
+            await self._next(limit_s)
         frame = self._frames.popleft()
         if not self._frames and self._n_bytes:
             if self._n_bytes > HIGH_BYTES and not self.is_lost:
                 self.transport.resume_reading()
             self._n_bytes = 0
         return frame
+
+    async def _next(self, limit_s: float | None) -> None:
+        # A timer by hand: this runs for every page, and `asyncio.timeout` would be a third of it.
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = None if limit_s is None else loop.call_later(limit_s, self._give_up)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer:
+                timer.cancel()
+
+    def _give_up(self) -> None:
+        self.transport.abort()
 
 
 class _Served(_Framed):
@@ -234,9 +254,8 @@ class PlaneServer:
 
     async def _welcomed(self, connection: _Served) -> bool:
         try:
-            async with asyncio.timeout(HELLO_S):
-                token, version = await connection.receive()
-        except (TimeoutError, ValueError, TypeError):
+            token, version = await connection.receive(HELLO_S)
+        except (ValueError, TypeError):
             return False
         return version == VERSION and hmac.compare_digest(str(token), self._token)
 
@@ -296,8 +315,7 @@ class PlaneClient:
             async with _limited(silence_s):
                 await connection.send([method, body])
             while not over:
-                async with _limited(silence_s):
-                    kind, *rest = await connection.receive()
+                kind, *rest = await connection.receive(silence_s)
                 match kind:
                     case _ if kind == ITEM:
                         yield rest[0]
