@@ -640,19 +640,20 @@ class Activation:
         """
         self._check_owner(who)
         with self._readers.taken():
-            stretch = self._stretch(cursor, turn, follow=follow, stretch_s=stretch_s)
+            reader = object()
+            stretch = self._stretch(reader, cursor, turn, follow=follow, stretch_s=stretch_s)
             try:
                 async with aclosing(stretch) as pages:
                     async for page in pages:
                         yield page
             finally:
                 self._seen_s = self.now_s()
+                self._kit.reading.ended(reader)
 
     async def _stretch(
-        self, cursor: Cursor, turn: int | None, *, follow: bool, stretch_s: float
+        self, reader: object, cursor: Cursor, turn: int | None, *, follow: bool, stretch_s: float
     ) -> AsyncGenerator[Page]:
         until_s = self.now_s() + stretch_s
-        reader = object()
         room = MAX_STRETCH_CHARS
         silent_since_s = -math.inf
         while room > 0:

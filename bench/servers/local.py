@@ -6,11 +6,11 @@ The same edge, loop, journal and model adapters as on a cluster, so what a house
 the difference to this.
 """
 
-import asyncio
 import sys
 from pathlib import Path
 
 import uvicorn
+import uvloop
 
 from actors.kit import Kit
 from actors.local import LocalSessions
@@ -37,4 +37,4 @@ async def _serve(settings: TroupeSettings) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(load_settings([Path(sys.argv[1])])))
+    uvloop.run(_serve(load_settings([Path(sys.argv[1])])))

@@ -5,7 +5,6 @@
 No session, no journal, no loop: what is lost when this process dies, is lost.
 """
 
-import asyncio
 import json
 import sys
 from collections.abc import AsyncGenerator
@@ -48,7 +47,7 @@ async def _piped(http: httpx.AsyncClient, asked: dict[str, object]) -> AsyncGene
 def main() -> None:
     listener = listening()
     config = uvicorn.Config(relay(sys.argv[1]), log_level="warning", access_log=False)
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    uvicorn.Server(config).run(sockets=[listener])  # on uvloop, as uvicorn does where it is there
 
 
 if __name__ == "__main__":
