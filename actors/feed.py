@@ -14,6 +14,7 @@ when they are asked for. No locks: state changes only between awaits, on the act
 import asyncio
 import json
 from collections import deque
+from itertools import takewhile
 from typing import NamedTuple
 
 from agent.events import (
@@ -152,13 +153,12 @@ class Feed:
             return Page((), cursor)
         exact = self._is_exact(cursor)
         builder = _PageBuilder(cursor, turn)
-        for shown in self._ring:
+        for shown in self._after(cursor, exact=exact):
             if builder.full():
                 return builder.done()
             if exact:
-                if shown.live > cursor.live:
-                    builder.add(shown.item, Cursor(shown.seq, self.epoch, shown.live))
-            elif isinstance(shown.item, Record) and shown.seq > cursor.seq:
+                builder.add(shown.item, Cursor(shown.seq, self.epoch, shown.live))
+            elif isinstance(shown.item, Record):
                 # Not an exact place: whoever comes back with it needs the live parts from offset 0.
                 builder.add(shown.item, Cursor(shown.seq))
             if builder.end:
@@ -166,6 +166,14 @@ class Feed:
         if not exact:
             builder.snapshot([part.joined() for part in self._parts.values()], self.now)
         return builder.done()
+
+    def _after(self, cursor: Cursor, *, exact: bool) -> list[Shown]:
+        """Of the ring. Looked for from its end, since most readers are near it."""
+        newest_first = takewhile(
+            lambda shown: shown.live > cursor.live if exact else shown.seq > cursor.seq,
+            reversed(self._ring),
+        )
+        return list(newest_first)[::-1]
 
     def _is_exact(self, cursor: Cursor) -> bool:
         if cursor.epoch != self.epoch or cursor.live > self._live:

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import AsyncGenerator, Awaitable
+from copy import deepcopy
 from functools import cache
 from typing import Any, TypeVar
 
@@ -103,7 +104,7 @@ class LitellmModel:
 
     def _asked(self, request: ModelRequest) -> dict[str, Any]:
         optional = {
-            "tools": request.tools or None,
+            "tools": deepcopy(request.tools) or None,  # litellm changes schemas for some providers
             "max_tokens": request.max_output_tokens,
             "temperature": request.temperature,
             "api_base": self._settings.api_base,

@@ -51,7 +51,7 @@ class Tools(Protocol):
     """What the loop sees: the router."""
 
     def schemas(self) -> list[dict[str, Any]]:
-        """OpenAI function tools, in a stable order."""
+        """OpenAI function tools, in a stable order. The same list at every call: not to be changed."""
         ...
 
     def idempotent(self, tool: str) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import structlog
@@ -35,6 +36,10 @@ class ToolRouter:
                 self._tools[tool.name] = tool
 
     def schemas(self) -> list[dict[str, Any]]:
+        return self._schemas
+
+    @cached_property
+    def _schemas(self) -> list[dict[str, Any]]:
         return [
             {
                 "type": "function",
