@@ -20,7 +20,6 @@ from actors.protocol import (
     Moved,
     Open,
     Principal,
-    Sessions,
     Unavailable,
 )
 from actors.remote import NAMESPACE, answer, names
@@ -103,8 +102,13 @@ class RaySessions(RoutedSessions):
             stage = self._stages[route.host] = PlaneStage(route.address, self._kit.actors)
         return stage
 
+    def close(self) -> None:
+        """Drop the connections that wait for the next call. One that is in a call ends with that."""
+        for stage in self._stages.values():
+            stage.close()
 
-async def connect(agent: AgentSettings, actors: ActorsSettings) -> Sessions:
+
+async def connect(agent: AgentSettings, actors: ActorsSettings) -> RaySessions:
     """The sessions of the cluster that this process is part of."""
     return RaySessions(await kit_of(agent, actors))
 

@@ -27,6 +27,7 @@ async def sessions(place: House | None, tmp_path: Path) -> AsyncIterator[Session
     sessions = await connect(place.settings.agent, place.settings.actors)
     yield sessions
     await asyncio.gather(*(_cleared(sessions, Principal(user)) for user in USERS))
+    sessions.close()
 
 
 async def _cleared(sessions: Sessions, who: Principal) -> None:
