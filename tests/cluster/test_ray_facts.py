@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import ray
 
 from actors.detached import Detached
 from actors.protocol import AtCapacity, Moved, NotFound, Unavailable
-from actors.remote import NAMESPACE, answer, items
+from actors.remote import NAMESPACE, answer
 from actors.session import MANAGER
 from agent.faults import Fault, ModelRateLimited
 
@@ -42,7 +40,7 @@ class Events:
 
 @remote(num_cpus=0, max_concurrency=100)
 class Leaf:
-    """Works until it is let go, or yields until it is stopped, and tells how it ended."""
+    """Works until it is let go, and tells how it ended."""
 
     def __init__(self) -> None:
         self._events = Events()
@@ -56,17 +54,6 @@ class Leaf:
             raise
         self._events.happened(f"{tag} done")
         return tag
-
-    async def numbers(self, tag: str, limit: int) -> AsyncGenerator[int]:
-        ended = f"{tag} stopped"
-        try:
-            for n in range(limit):
-                yield n
-                await asyncio.sleep(0.01)
-            ended = f"{tag} done"
-        finally:
-            # Not always a CancelledError: cancelled just between two items, it is closed instead.
-            self._events.happened(ended)
 
     async def go(self, tag: str) -> None:
         self._events.happened(f"{tag} go")
@@ -124,31 +111,6 @@ async def test_cancelling_a_request_reaches_its_calls_but_not_those_of_a_clean_c
     assert await got(leaf.seen.remote("inside cancelled"))
     await got(leaf.go.remote("detached"))
     assert await got(leaf.seen.remote("detached done"))
-
-
-async def test_a_dropped_stream_runs_on_in_the_actor(leaf: Any) -> None:
-    stream = leaf.numbers.options(num_returns="streaming").remote("dropped", 60)
-    assert await anext(stream) is not None
-    del stream
-    assert await got(leaf.seen.remote("dropped done"))
-
-
-async def test_leaving_items_ends_the_stream_in_the_actor(leaf: Any) -> None:
-    stream = leaf.numbers.options(num_returns="streaming").remote("left", 100_000)
-    async with aclosing(items(stream, LOST)) as numbers:
-        assert [await anext(numbers) for _ in range(3)] == [0, 1, 2]
-    assert await got(leaf.seen.remote("left stopped"))
-
-
-async def test_items_of_a_dead_actor_end_as_lost() -> None:
-    leaf: Any = Leaf.remote()
-    pid = await got(leaf.pid.remote())
-    stream = leaf.numbers.options(num_returns="streaming").remote("left", 100_000)
-    async with asyncio.timeout(WAIT_S), aclosing(items(stream, LOST)) as numbers:
-        assert await anext(numbers) == 0
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(Moved):
-            _ = [number async for number in numbers]
 
 
 @pytest.mark.parametrize(
