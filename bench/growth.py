@@ -27,7 +27,7 @@ from rich.console import Console
 
 from bench import plots, stock, systems
 from bench.load import Client, Load, Samples, client
-from bench.measures import INSTANT, Figures, named, streamed
+from bench.measures import INSTANT, N_WARM_UP, Figures, named, streamed
 from bench.roles import EVERYONE, Meter
 from bench.saved import save
 from bench.systems import System, house_settings
@@ -69,8 +69,13 @@ QUICK = Sizes((1, 5), (1, 10), 100, (3, 10), (0, 1_000), 1, 5)
 # -- measures --------------------------------------------------------------------------------------
 
 
+async def warm_up(to: Client, system: System) -> None:
+    """One stream that is not counted: what is first, is slow."""
+    await streamed(to, system.cpu_s, n_talks=1, rate=RATE, n_chunks=RATE)
+
+
 async def with_sessions(to: Client, system: System, sizes: Sizes) -> Figures:
-    await streamed(to, system.cpu_s, n_talks=1, rate=RATE, n_chunks=RATE)  # what is first, is slow
+    await warm_up(to, system)
     figures: Figures = {}
     for n in sizes.sessions:
         await to.ready()
@@ -103,7 +108,7 @@ async def by_role(to: Client, system: System, sizes: Sizes) -> Figures:
     figures |= _less_idle("us_per_chunk", meter, idle, load.wall_s, load.n_chunks)
     figures["role_streams"] = n
     talk = await to.open(INSTANT)
-    for _ in range(20):
+    for _ in range(N_WARM_UP):
         await talk.say()
     meter()
     n_turns = sizes.turns[-1]
@@ -124,6 +129,7 @@ def _less_idle(
 
 
 async def with_readers(to: Client, system: System, sizes: Sizes) -> Figures:
+    await warm_up(to, system)
     figures: Figures = {}
     for n in sizes.readers:
         talk = await to.open(f"chunks-{sizes.n_chunks}-at-{RATE}")
@@ -157,6 +163,7 @@ async def with_history(to: Client, _: System, sizes: Sizes) -> Figures:
         figures[f"turn_{turn}_p50_ms"] = statistics.median(
             one for series in took_ms for one in series[near]
         )
+    await to.ready()  # a wake is told without the start of a process
     for n_records in sizes.records:
         firsts: list[float] = []
         rest: list[float] = []
@@ -165,6 +172,7 @@ async def with_history(to: Client, _: System, sizes: Sizes) -> Figures:
             first, *others = [(await talk.say()).took_ms for _ in range(sizes.n_after + 1)]
             firsts.append(first)
             rest += others
+            await to.delete(talk)
         figures[f"records_{n_records}_wake_turn_p50_ms"] = statistics.median(firsts)
         figures[f"records_{n_records}_turn_p50_ms"] = statistics.median(rest)
     return figures
