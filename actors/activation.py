@@ -81,8 +81,7 @@ class Report(NamedTuple):
 log = structlog.get_logger()
 
 MAX_STRETCH_CHARS = 1024 * 1024
-"""Pages of one call, plus one page. Ray takes them from the session as fast as they come and keeps them
-where they are read, so a reader that has stopped to take them holds as much there, and no more."""
+"""Pages of one call, plus one page: then the edge looks again where the session lives."""
 MAX_COMMANDS = 256
 """Of one session that are being written; whoever asks and leaves is counted until that is done."""
 WATCHED_S = 30.0

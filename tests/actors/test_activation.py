@@ -363,6 +363,17 @@ async def test_another_user_gets_nothing(stand: MakeStand) -> None:
         await anext(activation.pages(BOB, activation.feed.now))
 
 
+async def test_a_reader_that_ended_slows_no_other(stand: MakeStand) -> None:
+    """Each message of a client is read by a stream of its own."""
+    made = stand(*[SAY] * 20)
+    activation = await made.open()
+    for turn in range(1, 21):
+        await activation.submit(ALICE, SendMessage(text="hi"))
+        pages = [page async for page in activation.pages(ALICE, Cursor(), turn=turn)]
+        assert pages[-1].end
+    assert made.kit.reading.interval_s == 0
+
+
 async def test_only_an_idle_session_is_passivated_for_others(stand: MakeStand) -> None:
     waiting = Wait()
     made = stand(Reply(tool_calls=(call("wait"),)), SAY, tools=[waiting])
