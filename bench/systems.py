@@ -140,6 +140,10 @@ def _started(name: str, program: Sequence[str | Path], folder: Path) -> Generato
         kept.run(list(map(str, program)), env=environ, cwd=ROOT)
         url = _said(log, kept)
         yield System(name, url, kept, time.monotonic() - began_s)
+    except BaseException:
+        # The folder goes, and why a system failed with it.
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}", file=sys.stderr)
+        raise
     finally:
         kept.end()
 
