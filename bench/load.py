@@ -128,6 +128,8 @@ async def _turn(content: aiohttp.StreamReader, sent_s: float) -> Answer:
         elif event == b"turn_ended":
             ended_s = time.monotonic()
             break
+    if not delays_ms:
+        raise RuntimeError("a turn ended without a word: it failed, and its time means nothing")
     return Answer(sent_s, first_s, ended_s, tuple(delays_ms))
 
 

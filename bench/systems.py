@@ -134,6 +134,7 @@ def _started(name: str, program: Sequence[str | Path], folder: Path) -> Generato
     log = folder / f"{name}.log"
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environ |= {"PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "bench", "COLUMNS": "200"}
+    log.unlink(missing_ok=True)  # of one before it, which said where that one listened
     began_s = time.monotonic()
     kept = Kept(log)
     try:
