@@ -85,7 +85,8 @@ class Cluster:
     def _start(self, settings: TroupeSettings, ends: ExitStack) -> Running:
         prepare_environment(os.environ, settings.serve)
         folder = Path(os.environ.get(HAPROXY_CONFIG, "")).parent
-        if folder.name.startswith(HAPROXY_FOLDER):  # made up here
+        # Made up here, and not the one of a house in whose environment this one was started.
+        if folder.name.startswith(HAPROXY_FOLDER) and not folder.exists():
             ends.callback(shutil.rmtree, folder, ignore_errors=True)
         # After the environment and late for the same reason.
         import ray  # late: see the module

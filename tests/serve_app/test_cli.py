@@ -22,6 +22,7 @@ from serve_app.cli_models import PROVIDERS, SCRIPTED, choose
 from serve_app.cli_run import AlreadyRunning, Run, RunFile
 from serve_app.cluster import CannotStart, free_port, prepare_environment
 from serve_app.settings import ServeSettings
+from tests.support.own_house import own_environment
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 30.0
@@ -67,7 +68,7 @@ async def troupe(
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "serve_app.cli", *arguments,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(n_columns), "PYTHONUNBUFFERED": "1"},
+        env=own_environment() | {"PYTHONPATH": str(ROOT), "COLUMNS": str(n_columns), "PYTHONUNBUFFERED": "1"},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
